@@ -1,0 +1,472 @@
+"""What the training promises: true augmentation, honest phases, and that nothing good is ever lost."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, small_network
+from draw_flowers import draw_flower
+from keras import layers
+from PIL import Image
+
+import model_training_and_visualization as study
+from create_train_val_test import Stop
+
+ROOT = Path(__file__).parents[1]
+STOCK = tf.keras.preprocessing.image.ImageDataGenerator
+
+
+def run_script(*arguments, **options):
+    command = [sys.executable, "model_training_and_visualization.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+# ---- Augmentation ----
+
+
+@pytest.mark.parametrize("fill_mode", ["nearest", "constant", "reflect", "wrap"])
+def test_the_warp_gives_the_same_picture_as_the_stock_generator(fill_mode):
+    ranges = dict(study.AUGMENTATION, shear_range=10, zoom_range=0.2, fill_mode=fill_mode, cval=77)
+    ours, stock = study.PhotoGenerator(**ranges), STOCK(**ranges)
+    photo = draw_flower("daisy", np.random.default_rng(0), 160)[0].astype("float32")
+    for seed in range(8):
+        parameters = stock.get_random_transform(photo.shape, seed)
+        difference = np.abs(ours.apply_transform(photo, parameters) - stock.apply_transform(photo, parameters))
+        assert difference.mean() < 0.5
+        assert np.abs(stock.apply_transform(photo, parameters) - photo).mean() > 2  # there was something to do
+
+
+def batches(folder, workers, epochs=1, seed=3):
+    photos = study.open_split(folder, "train", 48, 5, seed)
+    photos.workers = workers
+    seen = []
+    model = keras.Sequential([keras.Input((48, 48, 3)), layers.Flatten(), layers.Dense(3, activation="softmax")])
+
+    class Recorder(type(model)):
+        def train_step(self, data):
+            seen.append(data[0].numpy())
+            return {"loss": 0.0}
+
+    model.__class__ = Recorder
+    model.compile("sgd", "categorical_crossentropy", run_eagerly=True)
+    model.fit(photos, epochs=epochs, verbose=0, shuffle=False)
+    return seen
+
+
+def test_batches_are_the_same_whatever_the_number_of_workers(split_flowers):
+    for alone, together in zip(batches(split_flowers, 1), batches(split_flowers, 4), strict=True):
+        np.testing.assert_array_equal(alone, together)
+
+
+def test_every_epoch_and_every_seed_augments_anew_but_the_same_seed_alike(split_flowers):
+    first = np.concatenate(batches(split_flowers, 2, epochs=2))
+    assert len(np.unique(first.reshape(len(first), -1), axis=0)) == len(first) == 2 * 8 * len(CLASSES)
+    np.testing.assert_array_equal(first, np.concatenate(batches(split_flowers, 2, epochs=2)))
+    assert not np.array_equal(first, np.concatenate(batches(split_flowers, 2, epochs=2, seed=4)))
+
+
+def test_photos_beyond_the_memory_limit_give_the_same_batches(split_flowers, monkeypatch):
+    photos = study.open_splits(split_flowers, ["train"], size=48, batch_size=5, seed=3)["train"]
+    monkeypatch.setattr(study, "PHOTO_MEMORY", 48 * 48 * 3 * 2)
+    few = study.open_splits(split_flowers, ["train"], size=48, batch_size=5, seed=3)["train"]
+    assert len(few.kept) == 2 < len(photos.kept)
+    np.testing.assert_array_equal(photos[1][0], few[1][0])
+
+
+# ---- Phases ----
+
+
+def weights_of(network, layer_names):
+    return [weight.copy() for name in layer_names for weight in network.get_layer(name).get_weights()]
+
+
+def changed(before, after):
+    return [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+
+
+def test_the_head_learns_first_then_the_blocks_from_freeze_below_up(split_flowers, inception, tmp_path):
+    """A saved network stands in for the pretrained one."""
+    network = study.build_network(3, 75, str(inception[1]))
+    splits = study.open_splits(split_flowers, ["train", "validation"], size=75, batch_size=8, seed=0)
+    phases = study.training_phases(2, str(inception[1]), "mixed9", learning_rate=5e-3)
+    assert [(p.name, p.first, p.last, p.learning_rate) for p in phases] == [
+        ("head", 0, 1, 1e-3),
+        ("fine-tuning", 1, 2, 5e-3),
+    ]
+    frozen = [layer.name for layer in keras.Model(network.input, network.get_layer("mixed8").output).layers]
+    below = [layer.name for layer in network.layers if layer.weights and layer.name in frozen]
+    head = [layer.name for layer in network.layers if isinstance(layer, layers.Dense)]
+    above = [layer.name for layer in network.layers if layer.weights and layer.name not in [*below, *head]]
+    assert len(below) > 100 and len(above) > 30
+    backup = study.EpochBackup(tmp_path / "backup", {})
+    start = {part: weights_of(network, names) for part, names in (("below", below), ("above", above), ("head", head))}
+    np.testing.assert_array_equal(
+        start["below"][0], inception[0].get_layer(inception[0].layers[2].name).get_weights()[0]
+    )
+    study.train(network, splits, phases[:1], backup)
+    assert not any(
+        changed(start["below"] + start["above"], weights_of(network, below + above))
+    )  # BatchNormalization too
+    assert all(changed(start["head"], weights_of(network, head)))
+    study.train(network, splits, phases, backup)
+    assert not any(changed(start["below"], weights_of(network, below)))
+    assert np.mean(changed(start["above"], weights_of(network, above))) > 0.9
+    assert backup.epochs == 2
+
+
+def test_the_fine_tuning_rate_warms_up_to_its_peak_and_falls_to_zero_along_a_cosine():
+    network = small_network()
+    study.compile_for(network, study.Phase("scratch", 0, 10, "none", 0.01, cosine=True), steps_per_epoch=20)
+    rate = network.optimizer._learning_rate
+    rates = np.array([float(rate(step)) for step in (0, 10, 20, 110, 200)])
+    np.testing.assert_allclose(rates, [0, 0.005, 0.01, 0.005, 0], atol=1e-6)
+
+
+def test_statistics_keep_up_with_short_runs_from_scratch_only(inception):
+    def momenta(network):
+        return {layer.momentum for layer in network.layers if isinstance(layer, layers.BatchNormalization)}
+
+    assert momenta(study.build_network(2, 75, "none")) == {0.9}
+    assert momenta(study.build_network(2, 75, str(inception[1]))) == {0.99}
+
+
+@pytest.mark.parametrize("name", ["whole.keras", "backbone.weights.h5", "backbone.h5", "whole.h5"])
+def test_every_kind_of_file_gives_its_weights_to_a_new_network(inception, tmp_path, name):
+    network, _ = inception
+    path = tmp_path / name
+    base = keras.Model(network.input, network.get_layer("mixed10").output)
+    if name.startswith("whole"):
+        network.save(path)
+    elif name == "backbone.weights.h5":
+        base.save_weights(path)
+    else:  # the layout of the files that Keras downloads
+        from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
+
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            save_weights_to_hdf5_group(file, base)
+    fresh = study.build_network(5, 96, str(path))
+    loaded = keras.Model(fresh.input, fresh.get_layer("mixed10").output).get_weights()
+    assert all(np.array_equal(a, b) for a, b in zip(loaded, base.get_weights(), strict=True))
+
+
+# ---- Nothing lost ----
+
+
+def small_splits(folder):
+    splits = study.open_splits(folder, ["train", "validation"], size=32, batch_size=6, seed=5)
+    splits["train"].workers = 1
+    return splits
+
+
+def small_phases():
+    return [
+        study.Phase("head", 0, 2, "none", 1e-3, cosine=False),
+        study.Phase("fine-tuning", 2, 5, "none", 3e-3, cosine=True),
+    ]
+
+
+class Interrupt(Exception):
+    pass
+
+
+def train_small(folder, backup_folder, resume=False, stop_in=None, settings=None):
+    keras.utils.set_random_seed(1)
+    network = small_network()
+    backup = study.EpochBackup(backup_folder, settings or {"seed": 5})
+    if resume:
+        backup.resume(network)
+    if stop_in is not None:
+        on_epoch_end = backup.on_epoch_end
+
+        def stopping(epoch, logs=None):
+            if epoch == stop_in:
+                raise Interrupt
+            on_epoch_end(epoch, logs)
+
+        backup.on_epoch_end = stopping
+    study.train(network, small_splits(folder), small_phases(), backup)
+    return network, backup
+
+
+@pytest.mark.parametrize("interrupted_in", [1, 2, 4])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(split_flowers, tmp_path, interrupted_in):
+    whole, reference = train_small(split_flowers, tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        train_small(split_flowers, tmp_path / "backup", stop_in=interrupted_in)
+    resumed, backup = train_small(split_flowers, tmp_path / "backup", resume=True)
+    assert backup.epochs == 5
+    for name in study.METRICS:
+        np.testing.assert_allclose(backup.history[name], reference.history[name], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert backup.weights_file(backup.best_epoch).is_file()
+
+
+def test_a_broken_backup_falls_back_to_the_epoch_before_it(split_flowers, tmp_path):
+    with pytest.raises(Interrupt):
+        _, backup = train_small(split_flowers, tmp_path / "backup", stop_in=4)
+    newest = max((tmp_path / "backup").glob("*epoch_004.weights.h5"))
+    newest.write_bytes(newest.read_bytes()[:2000])
+    _, backup = train_small(split_flowers, tmp_path / "backup", resume=True)
+    assert backup.epochs == 5 and all(len(values) == 5 for values in backup.history.values())
+
+
+def test_resuming_with_other_settings_is_refused_naming_them(split_flowers, tmp_path):
+    with pytest.raises(Interrupt):
+        train_small(split_flowers, tmp_path / "backup", stop_in=2)
+    with pytest.raises(Stop, match=r"seed 5, not 6") as stop:
+        train_small(split_flowers, tmp_path / "backup", resume=True, settings={"seed": 6})
+    assert stop.value.exit_code == 2
+    with pytest.raises(Stop, match="no interrupted run"):
+        train_small(split_flowers, tmp_path / "elsewhere", resume=True)
+
+
+def test_a_loss_of_nan_stops_at_once_and_keeps_the_best_weights(split_flowers, tmp_path):
+    backup = study.EpochBackup(tmp_path / "backup", {})
+    network, splits = small_network(), small_splits(split_flowers)
+    study.train(network, splits, [study.Phase("scratch", 0, 1, "none", 1e-3, cosine=False)], backup)
+    network.layers[-1].set_weights([weight * np.nan for weight in network.layers[-1].get_weights()])
+    with pytest.raises(Stop, match=r"NaN in epoch 2 at learning rate 0.5") as stop:
+        study.train(network, splits, [study.Phase("scratch", 1, 9, "none", 0.5, cosine=False)], backup)
+    assert stop.value.exit_code == 1 and str(backup.weights_file(1)) in str(stop.value)
+    fresh = small_network()
+    fresh.load_weights(backup.weights_file(1))
+    assert all(np.isfinite(weight).all() for weight in fresh.get_weights())
+    assert backup.epochs == 1
+
+
+def test_running_out_of_memory_names_the_options_that_help(split_flowers, tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(keras.Model, "fit", exhausted)
+    with pytest.raises(Stop, match=r"smaller --batch-size or --image-size") as stop:
+        train_small(split_flowers, tmp_path / "backup")
+    assert stop.value.exit_code == 1
+
+
+TWO_DEVICES = """
+import sys, tensorflow as tf
+sys.path[:0] = [{root!r}, {tests!r}]
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import model_training_and_visualization as study
+from pathlib import Path
+from conftest import small_network
+strategy = study.training_strategy()
+assert strategy.num_replicas_in_sync == 2, strategy
+splits = study.open_splits(Path({data!r}), ["train", "validation"], size=32, batch_size=6, seed=0)
+with strategy.scope():
+    backup = study.EpochBackup(Path({backup!r}), {{}})
+    study.train(small_network(), splits, [study.Phase("scratch", 0, 2, "none", 1e-2, cosine=True)], backup)
+assert backup.epochs == 2
+"""
+
+
+def test_several_devices_train_mirrored(split_flowers, tmp_path):
+    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(split_flowers), "backup": str(tmp_path / "b")}
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES.format(**names)], capture_output=True, text=True, timeout=200
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_half_precision_is_used_where_the_machine_has_it_and_said_where_not(monkeypatch, capsys, tmp_path):
+    assert study.training_policy(False) == "float32"
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
+    assert study.training_policy(True) == "mixed_float16"
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(study, "Path", lambda _: cpuinfo)
+    assert study.training_policy(True) == "float32" and "float32" in capsys.readouterr().out
+    cpuinfo.write_text("flags : fpu avx512_bf16 sse")
+    assert study.training_policy(True) == "mixed_bfloat16"
+
+
+# ---- Found before the first epoch ----
+
+
+def test_missing_empty_and_differing_splits_are_named(split_flowers, tmp_path):
+    open_all = {"names": ["train", "test"], "size": 32, "batch_size": 4, "seed": 0}
+    with pytest.raises(Stop, match="train: no such folder"):
+        study.open_splits(tmp_path, **open_all)
+    shutil.copytree(split_flowers, tmp_path / "data")
+    (tmp_path / "data" / "test" / "rose").rename(tmp_path / "data" / "test" / "orchid")
+    with pytest.raises(Stop, match=r"train.*test hold different classes: orchid, rose"):
+        study.open_splits(tmp_path / "data", **open_all)
+    for photo in (tmp_path / "data" / "train" / "tulip").iterdir():
+        photo.unlink()
+    with pytest.raises(Stop, match=r"train: no photos in tulip"):
+        study.open_splits(tmp_path / "data", **open_all)
+
+
+def test_a_photo_that_is_cut_off_is_named_before_training(split_flowers, tmp_path):
+    shutil.copytree(split_flowers, tmp_path / "data")
+    cut = tmp_path / "data" / "train" / "rose" / "3.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(Stop, match=r"rose.3\.jpg") as stop:
+        study.open_splits(tmp_path / "data", ["train"], size=32, batch_size=4, seed=0)
+    assert stop.value.exit_code == 2
+
+
+def test_networks_that_cannot_be_drawn_from_are_refused_with_what_they_lack(inception, tmp_path):
+    network, _ = inception
+    assert study.what_network_lacks(network, 3) == []
+    assert "4 classes" in study.what_network_lacks(network, 4)[0]
+    assert "94 convolutions" in study.what_network_lacks(small_network(), 3)[0]
+    nested = keras.Sequential([keras.Input((75, 75, 3)), network])
+    assert "flat graph" in study.what_network_lacks(nested, 3)[0]
+    unscaled = keras.applications.InceptionV3(weights=None, classes=3, include_top=False, input_shape=(75, 75, 3))
+    pooled = layers.GlobalAveragePooling2D()(unscaled.output)
+    unscaled = keras.Model(unscaled.input, layers.Dense(3)(pooled))
+    lacking = study.what_network_lacks(unscaled, 3)
+    assert "scaling" in lacking[0] and "softmax" in lacking[1]
+
+
+def test_missing_corrupt_foreign_and_unsafe_files_are_named(inception, tmp_path):
+    for function, option in (
+        (lambda path: study.load_network(path, 3), "--model"),
+        (lambda path: study.build_network(3, 75, str(path)), "--weights"),
+    ):
+        with pytest.raises(Stop, match=rf"{option} .*absent\.keras: no such file"):
+            function(tmp_path / "absent.keras")
+        corrupt = tmp_path / "corrupt.keras"
+        corrupt.write_bytes(inception[1].read_bytes()[:5000])
+        with pytest.raises(Stop, match=rf"{option} .*corrupt\.keras"):
+            function(corrupt)
+        foreign = tmp_path / "foreign.keras"
+        small_network().save(foreign)
+        with pytest.raises(Stop, match=rf"{option} .*foreign\.keras"):
+            function(foreign)
+        unsafe = tmp_path / "unsafe.keras"
+        photo = keras.Input((75, 75, 3))
+        keras.Model(photo, layers.Lambda(lambda x: x / 255)(photo)).save(unsafe)
+        with pytest.raises(Stop, match=rf"{option} .*unsafe\.keras"):
+            function(unsafe)
+
+
+def test_an_imagenet_download_that_fails_names_address_cache_file_and_other_choices(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    real = keras.applications.InceptionV3
+
+    def unreachable(*arguments, weights=None, **options):
+        if weights == "imagenet":
+            raise Exception("URL fetch failure: no route to host")
+        return real(*arguments, weights=weights, **options)
+
+    unreachable.__module__ = real.__module__
+    monkeypatch.setattr(keras.applications, "InceptionV3", unreachable)
+    with pytest.raises(Stop) as stop:
+        study.build_network(3, 75, "imagenet")
+    message = str(stop.value)
+    assert "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5" in message and "https://" in message
+    assert str(tmp_path / "models") in message and "--weights FILE" in message and "--weights none" in message
+    assert message.count("\n") <= 2 and stop.value.exit_code == 1
+
+
+# ---- The whole run ----
+
+
+class Links(HTMLParser):
+    """Collects the links of a page, checks that tags close, and that each picture has an alternative text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.links, self.open = [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[name] for name in ("href", "src") if name in attrs]
+        assert tag != "img" or attrs["alt"]
+        assert tag not in ("script", "link")
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="session")
+def whole_run(split_flowers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    options = ("--data", split_flowers, "--model", folder / "net.keras", "--output", folder / "Images")
+    run = run_script(*options, "--weights", "none", "--epochs", 2, "--image-size", 75, "--batch-size", 8)
+    assert run.returncode == 0, run.stderr
+    return folder, options, run
+
+
+EXPECTED = [
+    "OriginalImage.jpeg", "ReLU.png", "training_curves.png", "confusion_matrix.png", "CAM_layers.jpg", "CAM_mistakes.jpg",
+    *(f"{kind}_{k}_grid.jpg" for kind in ("conv2d", "activation") for k in (1, 4, 9)),
+    *(f"conv2d_{k}_filters.jpg" for k in (3, 8, 40)),
+    *(f"{name}" for k in (1, 2, 3) for name in (f"CAM_{k}.jpeg", f"heatmap_{k}.jpg")),
+]  # fmt: skip
+
+
+def test_a_run_writes_every_picture_whole_and_none_of_them_flat(whole_run):
+    folder, _, _ = whole_run
+    written = {path.name for path in (folder / "Images").iterdir()}
+    assert written == {*EXPECTED, "index.html"}
+    for name in EXPECTED:
+        picture = np.asarray(Image.open(folder / "Images" / name).convert("RGB"), float)
+        assert picture.std() > 8, name
+
+
+def test_a_run_reports_the_test_split_and_saves_model_and_history(whole_run):
+    folder, _, run = whole_run
+    record = json.loads((folder / "net_history.json").read_text("utf-8"))
+    assert set(record) == {"history", "test", "classes", "settings"} and record["classes"] == CLASSES
+    assert set(record["history"]) == set(study.METRICS) and {len(v) for v in record["history"].values()} == {2}
+    assert f"Test: loss {record['test']['loss']:.4f}  accuracy {record['test']['accuracy']:.4f}" in run.stdout
+    assert "Epoch 2/2" in run.stdout and "precision" in run.stdout and run.stderr == ""
+    network = keras.saving.load_model(folder / "net.keras")
+    black, white = np.zeros((1, 75, 75, 3)), np.full((1, 75, 75, 3), 255)
+    assert network.predict(black, verbose=0).sum() == pytest.approx(1) and network.dtype_policy.name == "float32"
+    assert not (folder / "net_backup").exists()
+    del white
+
+
+def test_every_link_of_the_page_leads_to_a_picture_and_nowhere_else(whole_run):
+    folder, _, _ = whole_run
+    page = (folder / "Images" / "index.html").read_text("utf-8")
+    links = Links(page)
+    assert links.open == ["html", "body"] or links.open == []
+    assert set(links.links) == set(EXPECTED)
+    assert "http" not in page and "--image-size 75" in page
+
+
+def test_skip_training_draws_the_same_pictures_as_the_run_that_trained(whole_run, tmp_path):
+    folder, options, _ = whole_run
+    before = (folder / "net.keras").read_bytes()
+    run = run_script(*options[:4], "--output", tmp_path / "again", "--skip-training")
+    assert run.returncode == 0, run.stderr
+    for name in EXPECTED:
+        one, other = (
+            np.asarray(Image.open(f / name).convert("RGB"), int) for f in (folder / "Images", tmp_path / "again")
+        )
+        assert one.shape == other.shape and np.abs(one - other).mean() < 0.5, name
+    assert (folder / "net.keras").read_bytes() == before
+
+
+def test_bad_input_ends_with_exit_code_2_and_two_lines_and_writes_nothing(tmp_path):
+    for arguments, words in (
+        (["--data", tmp_path / "nowhere"], "nowhere"),
+        (["--epochs", 0], "--epochs"),
+        (["--model", "net.h5"], ".keras"),
+        (["--data", tmp_path, "--skip-training", "--model", tmp_path / "absent.keras"], "absent.keras"),
+    ):
+        run = run_script("--output", tmp_path / "Images", *arguments)
+        assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
+        assert len(run.stderr.strip().splitlines()) <= 3
+    assert not zipfile.is_zipfile(tmp_path / "inceptionv3.keras")
