@@ -36,7 +36,7 @@ from create_train_val_test import Stop, class_folders, cores, decode_photos, rea
 
 @contextlib.contextmanager
 def without_startup_noise():
-    """Keeps what TensorFlow's C++ code says while it loads off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
+    """Keeps what TensorFlow says while it loads off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere if quiet else stderr, 2)
@@ -63,12 +63,12 @@ PHOTO_MEMORY = 2**30  # bytes of decoded photos to keep; those beyond are decode
 
 BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's blocks, from the photo to the classes
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-BACKGROUND, INK = 24, 235  # grey levels of the sheets
+BACKGROUND, INK, PANEL_SIZE = 24, 235, 320  # the sheets' grey levels, and the side of a panel in pixels
 
 # ---- 1. Photos: from the split folders to augmented batches ----------------------------------------------------------
 #
 # Each photo is squeezed to the square that the network takes, as 0–255 RGB. Training photos are turned, shifted and
-# mirrored at random in every epoch, so that the network never meets the same picture twice and cannot learn it by heart.
+# mirrored at random in every epoch, so that the network never meets the same picture twice and learns none by heart.
 
 
 def resize_photo(photo, size):
@@ -84,12 +84,6 @@ def network_input(path, size):
 class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
     """ImageDataGenerator whose affine step is one OpenCV warp: the same picture as SciPy's, many times faster."""
 
-    BORDERS = {  # noqa: RUF012 (SciPy's "wrap" has no like in OpenCV and stays with SciPy)
-        "nearest": cv2.BORDER_REPLICATE,
-        "constant": cv2.BORDER_CONSTANT,
-        "reflect": cv2.BORDER_REFLECT,
-    }
-    AFFINE = {"theta": 0, "tx": 0, "ty": 0, "shear": 0, "zx": 1, "zy": 1}  # noqa: RUF012 (what changes nothing)
     seeding = threading.Lock()
 
     def get_random_transform(self, img_shape, seed=None):
@@ -97,12 +91,13 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
             return super().get_random_transform(img_shape, seed)
 
     def apply_transform(self, x, transform_parameters):
-        affine = {name: transform_parameters.get(name, nothing) for name, nothing in self.AFFINE.items()}
-        if affine != self.AFFINE and self.fill_mode in self.BORDERS:
-            matrix = affine_matrix(x.shape[:2], **affine)
-            flags, border = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, self.BORDERS[self.fill_mode]
-            x = cv2.warpAffine(x, matrix[:2], x.shape[1::-1], None, flags, border, [self.cval] * 4)
-            transform_parameters = transform_parameters | self.AFFINE
+        nothing = {"theta": 0, "tx": 0, "ty": 0, "shear": 0, "zx": 1, "zy": 1}
+        affine = nothing | {name: value for name, value in transform_parameters.items() if name in nothing}
+        if affine != nothing and self.fill_mode == "nearest":  # edges go on; the other modes stay with SciPy
+            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+            matrix = affine_matrix(x.shape[:2], **affine)[:2]
+            x = cv2.warpAffine(x, matrix, x.shape[1::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+            transform_parameters = transform_parameters | nothing
         return super().apply_transform(x, transform_parameters)
 
     def flow_from_directory(self, directory, **options):
@@ -110,7 +105,7 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
 
 
 def affine_matrix(shape, theta, tx, ty, shear, zx, zy):
-    """The (3, 3) matrix from output to input pixels (x, y) that Keras composes of these parameters; angles in degrees."""
+    """The (3, 3) matrix from output to input pixels (x, y) that Keras composes of these; angles in degrees."""
     theta, shear = np.deg2rad([theta, shear])
     rotation = np.array([[np.cos(theta), -np.sin(theta), 0], [np.sin(theta), np.cos(theta), 0], [0, 0, 1]])
     shift = np.array([[1, 0, tx], [0, 1, ty], [0, 0, 1]])
@@ -133,7 +128,7 @@ class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
         self.kept = {}  # number of the photo -> (size, size, 3) uint8
 
     def check_photos(self, description):
-        """Decodes each photo once, in parallel, and keeps what fits into memory. Raises Stop naming the first bad one."""
+        """Decodes each photo, in parallel, and keeps what fits into memory. Raises Stop naming the first bad one."""
         size = self.target_size[0]
         decoded = decode_photos(self.filepaths, lambda path: network_input(path, size), description)
         for number, photo in enumerate(decoded):
@@ -174,14 +169,9 @@ def split_classes(data, split):
 def open_split(data, split, size, batch_size, seed):
     """Opens data/split as a PhotoIterator, training photos shuffled and augmented. Raises Stop where photos lack."""
     folder, training = data / split, split == "train"
-    photos = PhotoGenerator(**AUGMENTATION if training else {}).flow_from_directory(
-        str(folder),
-        target_size=(size, size),
-        classes=split_classes(data, split),
-        batch_size=batch_size,
-        shuffle=training,
-        seed=seed,
-    )
+    options = {"target_size": (size, size), "batch_size": batch_size, "shuffle": training, "seed": seed}
+    generator = PhotoGenerator(**AUGMENTATION if training else {})
+    photos = generator.flow_from_directory(str(folder), classes=split_classes(data, split), **options)
     if empty := [name for name, label in photos.class_indices.items() if label not in photos.classes]:
         raise Stop(f"{folder}: no photos in {', '.join(empty)}. Split again, with --overwrite.")
     photos.workers = min(8, cores())
@@ -399,9 +389,9 @@ class EpochBar(keras.callbacks.Callback):
 class EpochBackup(keras.callbacks.Callback):
     """Keeps weights, optimizer and history of whole epochs in a folder, so that an interrupted run can go on.
 
-    Keras's BackupAndRestore overwrites its files in place and keeps neither history nor best epoch. Here an epoch counts
-    once state.json, written last, names it: a kill at any moment leaves whole epochs. The last two stay, in case the
-    last cannot be read, and the best so far of both.
+    Keras's BackupAndRestore overwrites its files in place and keeps neither history nor best epoch. Here an epoch
+    counts once state.json, written last, names it: a kill at any moment leaves whole epochs. The last two stay, in case
+    the last cannot be read, and the best so far of both.
     """
 
     def __init__(self, folder, settings):
@@ -557,13 +547,11 @@ def most_confused(confusions, class_names):
         return "No class is taken for another."
     one, other = np.unravel_index(mixed_up.argmax(), mixed_up.shape)
     photos = confusions[[one, other]].sum()
-    return (
-        f"Most confused: {class_names[one]} and {class_names[other]}, {mixed_up[one, other]} of their {photos} photos."
-    )
+    return f"Most confused: {class_names[one]} and {class_names[other]}, {mixed_up[one, other]} of {photos} photos."
 
 
 def telling_photos(probabilities, labels):
-    """Numbers of the photos, most telling first: the surest right one, then the worst mistakes, then the least certain."""
+    """Numbers of the photos, most telling first: the surest right one, the worst mistakes, the least certain."""
     true = probabilities[np.arange(len(labels)), labels]
     right = probabilities.argmax(1) == labels
     surest = np.argmax(np.where(right, true, -1))
@@ -642,7 +630,7 @@ def channel_cells(activation, size):
 
 
 def tile(cells, columns, gap=2):
-    """One (height, width, 3) sheet of the (n, h, w, 3) cells in reading order, the last row filled up with background."""
+    """One (height, width, 3) sheet of the (n, h, w, 3) cells in reading order, the last row filled up."""
     count, height, width, _ = cells.shape
     rows = -(-count // columns)
     sheet = np.full((rows * columns, height + gap, width + gap, 3), BACKGROUND, "uint8")
@@ -679,7 +667,7 @@ def activation_grid(activation, layer_name, photo_name):
 def save_picture(path, picture):
     """Writes an (h, w, 3) uint8 picture in the format that the suffix names."""
     with replace_when_whole(path) as partial:
-        Image.fromarray(picture).save(partial, quality=92)
+        Image.fromarray(picture).save(partial, quality=92, subsampling=0)  # colours as sharp as brightness
 
 
 def save_relu(path):
@@ -856,10 +844,8 @@ def class_evidence(model, photo, layer_names, class_index):
         *answers, logits = probe(batch)
         logit = logits[0, class_index]
     gradients = tape.gradient(logit, answers)
-    weighted = [
-        a[0] * tf.reduce_mean(g, (0, 1, 2)) for a, g in zip(answers, gradients, strict=True)
-    ]  # (h, w, channels)
-    return [np.maximum(0, tf.reduce_sum(channels, -1).numpy()) for channels in weighted]
+    weighted = (a[0] * tf.reduce_mean(g, (0, 1, 2)) for a, g in zip(answers, gradients, strict=True))
+    return [np.maximum(0, tf.reduce_sum(channels, -1)) for channels in weighted]  # from (h, w, channels)
 
 
 def logits_of(model):
@@ -882,11 +868,6 @@ def grad_cam(model, photo, layer_name, class_index):
     (h, w) float map of the layer, not scaled, not enlarged; 0 everywhere where nothing speaks for the class.
     """
     return class_evidence(model, photo, [layer_name], class_index)[0]
-
-
-def evidence_difference(model, photo, layer_name, one_class, other_class):
-    """Signed (h, w) map: positive where there is more evidence for one class, negative where for the other."""
-    return grad_cam(model, photo, layer_name, one_class) - grad_cam(model, photo, layer_name, other_class)
 
 
 def cell_geometry(model, layer_name):
@@ -928,17 +909,13 @@ def enlarge(heatmap, shape, geometry, input_size, interpolated=True):
 def colour(evidence, peak, signed=False):
     """(h, w) evidence as (h, w, 3) uint8 on a scale from 0, or from -peak, to peak; all 0 where peak is 0."""
     share = np.clip(evidence / (peak or 1), -1, 1)
-    return (
-        255
-        * (matplotlib.colormaps["coolwarm"](0.5 + share / 2) if signed else matplotlib.colormaps["turbo"](share))[
-            ..., :3
-        ]
-    ).astype("uint8")
+    scale, place = ("coolwarm", 0.5 + share / 2) if signed else ("turbo", share)
+    return (255 * matplotlib.colormaps[scale](place)[..., :3]).astype("uint8")
 
 
 def overlay(photo, evidence, peak, signed=False):
     """The (h, w, 3) photo under its heatmap: the more evidence, the more of its colour; without evidence, bare."""
-    strength = 0.7 * np.sqrt(np.clip(np.abs(evidence) / (peak or 1), 0, 1))[..., None]
+    strength = 0.7 * np.clip(np.abs(evidence) / (peak or 1), 0, 1)[..., None]
     return (photo * (1 - strength) + colour(evidence, peak, signed) * strength).astype("uint8")
 
 
@@ -998,10 +975,10 @@ class Explained:
         return int(np.argsort(self.probabilities)[-1 if self.predicted != self.target else -2])
 
     def verdict(self, class_names):
-        words = f"predicted {class_names[self.predicted]} {self.probabilities[self.predicted]:.2f}"
-        return words + (
-            f", true {class_names[self.true]} {self.probabilities[self.true]:.2f}" if self.true is not None else ""
-        )
+        words = [f"predicted {class_names[self.predicted]} {self.probabilities[self.predicted]:.2f}"]
+        if self.true is not None:
+            words.append(f"true {class_names[self.true]} {self.probabilities[self.true]:.2f}")
+        return ", ".join(words)
 
 
 def explained_photo(network, path, name, true=None):
@@ -1009,63 +986,61 @@ def explained_photo(network, path, name, true=None):
     return Explained(name, read_photo(path), pixels, network.predict_on_batch(pixels[None])[0], true)
 
 
-def trust(network, explained, geometry, heatmap):
+def trust(network, explained, heatmap):
     """Probabilities of the target: of the photo, without its fifth that the heatmap marks, without a centred fifth."""
     size = len(explained.pixels)
-    marked = most_marked(enlarge(heatmap, (size, size), geometry, size), DELETED_FRACTION)
-    masks = [marked, centred_blob(size, DELETED_FRACTION)]
+    on_photo = enlarge(heatmap, (size, size), cell_geometry(network, HEATMAP_LAYER), size)
+    masks = [most_marked(on_photo, DELETED_FRACTION), centred_blob(size, DELETED_FRACTION)]
     return deletion(network, explained.pixels, masks)[:, explained.target]
 
 
 def heatmap_panels(network, explained, class_names, heatmap):
     """Photo, heatmap with its true cells, and overlay, side by side at the photo's own resolution: uint8 RGB."""
-    geometry, size, peak = cell_geometry(network, HEATMAP_LAYER), len(explained.pixels), heatmap.max()
-    target, photo = class_names[explained.target], explained.photo
-    cells = colour(enlarge(heatmap, photo.shape[:2], geometry, size, interpolated=False), peak)
-    smooth = overlay(photo, enlarge(heatmap, photo.shape[:2], geometry, size), peak)
+    photo, target, peak = explained.photo, class_names[explained.target], heatmap.max()
+    place = photo.shape[:2], cell_geometry(network, HEATMAP_LAYER), len(explained.pixels)
+    cells = colour(enlarge(heatmap, *place, interpolated=False), peak)
+    smooth = overlay(photo, enlarge(heatmap, *place), peak)
     worth = f"No evidence for {target}: the heatmap is empty."
     if peak > 0:
-        before, without, without_blob = trust(network, explained, geometry, heatmap)
-        worth = f"Blurring the most marked fifth: {target} {before:.2f} → {without:.2f}; a centred fifth: → {without_blob:.2f}"
-    sheet = with_title(
-        tile(np.stack([photo, cells, smooth]), 3), f"{explained.name}: {explained.verdict(class_names)}\n{worth}"
-    )
+        before, unmarked, uncentred = trust(network, explained, heatmap)
+        worth = f"Most marked fifth blurred: {target} {before:.2f} → {unmarked:.2f}; centred fifth: → {uncentred:.2f}"
+    title = f"{explained.name}: {explained.verdict(class_names)}\n{worth}"
+    sheet = with_title(tile(np.stack([photo, cells, smooth]), 3), title)
     return with_scale(sheet, peak, f"Evidence for {target} in {HEATMAP_LAYER}")
 
 
 def layer_panels(network, explained, class_names):
     """One photo through mixed0 … mixed10, the evidence of each block as a share of its own peak: uint8 RGB."""
-    size, side = len(explained.pixels), 320
-    view = resize_photo(explained.photo, side)
+    view = resize_photo(explained.photo, PANEL_SIZE)
     panels = [with_title(view, explained.verdict(class_names))]
     for name, heatmap in zip(BLOCKS, class_evidence(network, explained.pixels, BLOCKS, explained.target), strict=True):
-        evidence, peak = enlarge(heatmap, (side, side), cell_geometry(network, name), size), heatmap.max()
-        strength = f"peak {peak:.2g}" if peak > 0 else "no evidence"
-        panels.append(
-            with_title(overlay(view, evidence, peak), f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}")
-        )
+        evidence = enlarge(heatmap, view.shape[:2], cell_geometry(network, name), len(explained.pixels))
+        strength = f"peak {heatmap.max():.2g}" if heatmap.any() else "no evidence"
+        caption = f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"
+        panels.append(with_title(overlay(view, evidence, heatmap.max()), caption))
     title = f"Evidence for {class_names[explained.target]} in {explained.name}, block by block"
     return with_scale(with_title(tile(np.stack(panels), 4, gap=6), title), 1.0, "Share of the block's peak")
 
 
+def compared_evidence(model, photo, layer_name, one_class, other_class):
+    """(3, h, w): the evidence for one class, for the other, and one minus other, positive where one has more."""
+    one, other = (grad_cam(model, photo, layer_name, class_index) for class_index in (one_class, other_class))
+    return np.stack([one, other, one - other])
+
+
 def mistake_panels(network, mistakes, class_names):
     """For each photo the evidence for the rival and for the true class, and their difference, all on one scale."""
-    side, geometry = 320, cell_geometry(network, HEATMAP_LAYER)
-    maps = []
-    for explained in mistakes:
-        for_class = [grad_cam(network, explained.pixels, HEATMAP_LAYER, k) for k in (explained.rival, explained.target)]
-        maps.append([*for_class, for_class[0] - for_class[1]])
-    peak = np.abs(maps).max()
-    panels = []
+    maps = [compared_evidence(network, e.pixels, HEATMAP_LAYER, e.rival, e.target) for e in mistakes]
+    peak, panels = np.abs(maps).max(), []
     for explained, triple in zip(mistakes, maps, strict=True):
         rival, true = class_names[explained.rival], class_names[explained.target]
-        view = resize_photo(explained.photo, side)
+        view = resize_photo(explained.photo, PANEL_SIZE)
+        grey = np.repeat(view.mean(2, keepdims=True) / 2 + 60, 3, axis=2)  # colour tells of the evidence alone
+        place = view.shape[:2], cell_geometry(network, HEATMAP_LAYER), len(explained.pixels)
         panels.append(with_title(view, explained.verdict(class_names)))
-        grey = np.repeat(view.mean(2, keepdims=True) * 0.5 + 60, 3, axis=2)
         for evidence, caption in zip(triple, (f"for {rival}", f"for {true}", f"{rival} minus {true}"), strict=True):
-            enlarged = enlarge(evidence, (side, side), geometry, len(explained.pixels))
             caption += "" if evidence.any() else ": no evidence"
-            panels.append(with_title(overlay(grey, enlarged, peak, signed=True), caption))
+            panels.append(with_title(overlay(grey, enlarge(evidence, *place), peak, signed=True), caption))
     title = f"What misled the network: evidence in {HEATMAP_LAYER} for the class it leans to, and for the true class"
     return with_scale(with_title(tile(np.stack(panels), 4, gap=6), title), peak, "Evidence", signed=True)
 
@@ -1078,81 +1053,67 @@ def save_heatmap_grid(path, heatmap, title):
     for (row, column), score in np.ndenumerate(heatmap):
         middling = 0.25 < score / (heatmap.max() or 1) < 0.75
         axes.text(column, row, f"{score:.2g}", ha="center", va="center", size=8, color="black" if middling else "white")
-    axes.set_xticks(range(heatmap.shape[1]))
-    axes.set_yticks(range(heatmap.shape[0]))
-    axes.set(title=title, xlabel="column", ylabel="row")
+    axes.set(title=title, xlabel="column", ylabel="row", xticks=range(heatmap.shape[1]), yticks=range(len(heatmap)))
     figure.colorbar(image, label="evidence (0: none)")
     save_figure(path, figure)
 
 
 # ---- 8. Gallery: the run as one page ---------------------------------------------------------------------------------
 #
-# Each draw_* function writes its pictures and returns its part of the story: heading, text, and [(file, caption)].
+# Each draw_* function writes its pictures and returns its part of the story: heading, text, {file: caption}.
 
 
 def draw_grids(output, network, explained):
     save_picture(output / "OriginalImage.jpeg", explained.photo)
     save_relu(output / "ReLU.png")
-    story = [("OriginalImage.jpeg", f"The photo, {explained.name}"), ("ReLU.png", "ReLU keeps what is positive")]
-    chosen = [
-        (kind, number, in_creation_order(network, layer_type)[number - 1].name)
-        for number in GRID_CONVOLUTIONS
-        for kind, layer_type in (("conv2d", layers.Conv2D), ("activation", layers.Activation))
-    ]
-    answers = activations(network, explained.pixels, [name for *_, name in chosen])
-    for (kind, number, name), answer in zip(chosen, answers, strict=True):
-        file = f"{kind}_{number}_grid.jpg"
+    pictures = {"OriginalImage.jpeg": f"The photo, {explained.name}", "ReLU.png": "ReLU keeps what is positive"}
+    layer_of = {}
+    for number in GRID_CONVOLUTIONS:
+        layer_of[f"conv2d_{number}_grid.jpg"] = in_creation_order(network, layers.Conv2D)[number - 1].name
+        layer_of[f"activation_{number}_grid.jpg"] = in_creation_order(network, layers.Activation)[number - 1].name
+    answers = activations(network, explained.pixels, layer_of.values())
+    for (file, name), answer in zip(layer_of.items(), answers, strict=True):
         save_picture(output / file, activation_grid(answer, name, explained.name))
-        what = "Convolution" if kind == "conv2d" else "The ReLU after convolution"
-        story.append((file, f"{what} {number}: {answer.shape[2]} channels, one a cell"))
-    return (
-        "What the layers answer",
-        "Each cell is the answer of one filter to the photo, ever coarser with depth.",
-        story,
-    )
+        pictures[file] = f"{name}: {answer.shape[2]} channels, one a cell"
+    return "What the layers answer", "Each cell is the answer of one filter to the photo, ever coarser.", pictures
 
 
 def draw_patterns(output, network, seed):
-    story = []
+    pictures = {}
     for number in PATTERN_CLIMBS:
-        file = f"conv2d_{number}_filters.jpg"
-        save_picture(output / file, pattern_sheet(network, number, seed))
-        story.append((file, f"What the filters of convolution {number} look for"))
-    return (
-        "What the filters look for",
-        "Each cell began blank and was changed until its filter fired at its strongest.",
-        story,
-    )
+        save_picture(output / f"conv2d_{number}_filters.jpg", pattern_sheet(network, number, seed))
+        pictures[f"conv2d_{number}_filters.jpg"] = f"What the filters of convolution {number} look for"
+    return "What the filters look for", "Each cell began blank and changed until its filter fired.", pictures
 
 
 def draw_heatmaps(output, network, photos, class_names):
-    story = []
+    pictures = {}
     for number, explained in enumerate(photos, start=1):
-        heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
+        heatmap, target = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target), explained.target
         save_picture(output / f"CAM_{number}.jpeg", heatmap_panels(network, explained, class_names, heatmap))
-        save_heatmap_grid(
-            output / f"heatmap_{number}.jpg", heatmap, f"{class_names[explained.target]} in {explained.name}"
-        )
-        story.append((f"CAM_{number}.jpeg", f"{explained.name}: {explained.verdict(class_names)}"))
-        story.append((f"heatmap_{number}.jpg", f"Heatmap {number} as its raw grid of scores"))
+        save_heatmap_grid(output / f"heatmap_{number}.jpg", heatmap, f"{class_names[target]} in {explained.name}")
+        pictures[f"CAM_{number}.jpeg"] = f"{explained.name}: {explained.verdict(class_names)}"
+        pictures[f"heatmap_{number}.jpg"] = f"Heatmap {number} as its raw grid of scores"
     save_picture(output / "CAM_layers.jpg", layer_panels(network, photos[0], class_names))
-    story.append(("CAM_layers.jpg", f"{photos[0].name} through all blocks of the network"))
+    pictures["CAM_layers.jpg"] = f"{photos[0].name} through all blocks of the network"
     text = "Grad-CAM marks what speaks for a class; each title tells how far the probability falls without it."
-    return "Where the network looks", text, story
+    return "Where the network looks", text, pictures
 
 
 def draw_mistakes(output, network, photos, confusions, class_names):
     save_picture(output / "CAM_mistakes.jpg", mistake_panels(network, photos, class_names))
     save_confusion_matrix(output / "confusion_matrix.png", confusions, class_names)
-    story = [("CAM_mistakes.jpg", "Evidence for the class that it leans to, for the true class, and their difference")]
-    story.append(("confusion_matrix.png", "How often each true class (row) is taken for each class (column)"))
-    return "What it gets wrong", most_confused(confusions, class_names), story
+    pictures = {
+        "CAM_mistakes.jpg": "Evidence for the class that it leans to, for the true class, and their difference",
+        "confusion_matrix.png": "How often each true class (row) is taken for each class (column)",
+    }
+    return "What it gets wrong", most_confused(confusions, class_names), pictures
 
 
 def draw_curves(output, record):
     save_training_curves(output / "training_curves.png", record["history"], record["settings"]["phases"])
     text = "The epoch with the lowest validation loss is the one that is kept, tested and drawn."
-    return "How it learnt", text, [("training_curves.png", "Loss and accuracy after each epoch")]
+    return "How it learnt", text, {"training_curves.png": "Loss and accuracy after each epoch"}
 
 
 GALLERY_STYLE = """
@@ -1166,26 +1127,23 @@ th, td { padding: 0.1rem 1.5rem 0.1rem 0; text-align: left; font-weight: normal;
 """
 
 
-def gallery_page(stories, facts, command):
-    """One offline HTML page; stories: (heading, text, [(file, caption)]), facts: {heading: {name: value}}."""
-    parts = ["<h1>What a convolutional network sees</h1>"]
+def gallery_page(stories, tables, command):
+    """One offline HTML page; stories: [(heading, text, {file: caption})], tables: {heading: {name: value}}."""
+    title, escape = "What a convolutional network sees", lambda value: html.escape(str(value))
+    parts = [f"<h1>{title}</h1>"]
     for heading, text, pictures in stories:
-        parts.append(f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>")
-        for file, caption in pictures:
-            file, caption = html.escape(file), html.escape(caption)
-            image = f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a>'
-            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    for heading, table in facts.items():
-        rows = (
-            f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>"
-            for name, value in table.items()
-        )
-        parts.append(f"<h2>{html.escape(heading)}</h2>\n<table>{''.join(rows)}</table>")
-    parts.append(f"<h2>The command</h2>\n<pre>{html.escape(command)}</pre>")
+        parts.append(f"<h2>{escape(heading)}</h2>\n<p>{escape(text)}</p>")
+        for file, caption in pictures.items():
+            image = f'<a href="{file}"><img src="{file}" alt="{escape(caption)}" loading="lazy"></a>'
+            parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
+    for heading, table in tables.items():
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in table.items())
+        parts.append(f"<h2>{escape(heading)}</h2>\n<table>{''.join(rows)}</table>")
+    parts.append(f"<h2>The command</h2>\n<pre>{escape(command)}</pre>")
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>What a convolutional network sees'
-        f"</title>\n<style>{GALLERY_STYLE}</style>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{GALLERY_STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
     )
 
 
@@ -1198,53 +1156,37 @@ def parse_options():
         usage="python model_training_and_visualization.py [options], --help for all",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, blocks = parser.add_argument, ["none", *BLOCKS]
-    add("--data", type=Path, default=Path("."), metavar="DIR", help="the folder that holds train, validation and test")
-    add("--output", type=Path, default=Path("Images"), metavar="DIR", help="where the pictures go")
-    add(
-        "--model", type=Path, default=Path("inceptionv3.keras"), metavar="FILE", help="the network, saved or drawn from"
-    )
+    add, folder, blocks = parser.add_argument, {"type": Path, "metavar": "DIR"}, ["none", *BLOCKS]
+    add("--data", **folder, default=".", help="the folder that holds train, validation and test")
+    add("--output", **folder, default="Images", help="where the pictures go")
+    add("--model", type=Path, default="inceptionv3.keras", metavar="FILE", help="the network: saved, or drawn from")
     add("--skip-training", action="store_true", help="draw from the network in --model")
     add("--photos", type=Path, nargs="+", metavar="PHOTO", help="own photos to explain; the first feeds the grids")
-    add(
-        "--weights",
-        default="imagenet",
-        metavar="START",
-        help="imagenet, none (from scratch), or a weights or model file",
-    )
-    add("--epochs", type=at_least(1), default=10, metavar="N", help="epochs of all phases together")
-    add("--batch-size", type=at_least(1), default=32, metavar="N", help="photos in a step")
-    add("--image-size", type=at_least(75), default=299, metavar="N", help="side of the square that the network sees")
-    add(
-        "--freeze-below",
-        default="mixed7",
-        choices=blocks,
-        metavar="BLOCK",
-        help="fine-tune from it up: mixed0 to mixed10, or none to freeze nothing",
-    )
-    add("--learning-rate", type=positive, metavar="RATE", help="peak of the cosine; default 2e-4, from scratch 2e-3")
+    add("--weights", default="imagenet", metavar="START", help="imagenet, none (from scratch), weights or model file")
+    add("--epochs", type=number(int, 1), default=10, metavar="N", help="epochs of all phases together")
+    add("--batch-size", type=number(int, 1), default=32, metavar="N", help="photos in a step")
+    add("--image-size", type=number(int, 75), default=299, metavar="N", help="side of the network's square input")
+    add("--freeze-below", default="mixed7", choices=blocks, metavar="BLOCK", help="fine-tune from it up; none: all")
+    add("--learning-rate", type=number(float, 1e-9), metavar="RATE", help="peak; else 2e-4, from scratch 2e-3")
     add("--mixed-precision", action="store_true", help="compute in half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same result")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="same seed, same result")
     options = parser.parse_args()
     if options.model.suffix != ".keras":
         parser.error(f"--model {options.model}: the name must end in .keras")
     return options
 
 
-def at_least(least):
-    def whole_number(text):
-        if int(text) < least:
+def number(kind, least):
+    """An argparse type: a finite number of this kind, not below least."""
+
+    def parse(text):
+        if not least <= kind(text) < math.inf:
             raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
-        return int(text)
+        return kind(text)
 
-    return whole_number
-
-
-def positive(text):
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-    return float(text)
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
 
 
 def require_writable(folder):
@@ -1260,18 +1202,16 @@ def train_and_save(options, splits, backup_folder):
     """Trains, and saves the network of the best epoch: (network, {"history", "classes", "settings"})."""
     class_count = splits["train"].num_classes
     phases = training_phases(options.epochs, options.weights, options.freeze_below, options.learning_rate)
-    names = "weights epochs batch_size image_size freeze_below learning_rate mixed_precision seed".split()
-    settings = {name: getattr(options, name) for name in names}
+    apart = ("data", "output", "model", "skip_training", "photos", "resume")  # a run may go on with others of these
+    settings = {name: value for name, value in vars(options).items() if name not in apart}
     settings["photos"] = {name: photos.n for name, photos in splits.items()}
     settings["phases"] = {phase.name: phase.last - phase.first for phase in phases}
     backup = EpochBackup(backup_folder, settings)
-    interrupted = read_json(backup_folder / "state.json")
-    if interrupted and not options.resume:
-        done = len(interrupted["history"]["loss"])
+    if (state := read_json(backup_folder / "state.json")) and not options.resume:
+        print(f"An interrupted run stands in {backup_folder} after epoch {len(state['history']['loss'])}.")
         print(
-            f"An interrupted run stands in {backup_folder} after epoch {done}: Ctrl-C now, and --resume goes on with it."
+            "Ctrl-C now, and --resume goes on with it; this new run replaces it after its own first epoch.", flush=True
         )
-        print("This new run replaces it when its own first epoch is done.", flush=True)
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(training_policy(options.mixed_precision))
     with training_strategy().scope():
@@ -1280,6 +1220,7 @@ def train_and_save(options, splits, backup_folder):
             backup.resume(network)
         train(network, splits, phases, backup)
     keras.config.set_dtype_policy("float32")
+    keras.utils.clear_session()  # so that the names of the layers count from the start again
     network = build_network(class_count, options.image_size, "none")
     network.load_weights(backup.weights_file(backup.best_epoch))
     options.model.parent.mkdir(parents=True, exist_ok=True)
@@ -1294,32 +1235,27 @@ def draw_all(options, network, test, probabilities, record):
     telling = telling_photos(probabilities, test.classes)[:4]
     chosen = [explained_photo(network, test.filepaths[k], test.filenames[k], int(test.classes[k])) for k in telling]
     explained = [explained_photo(network, path, path.name) for path in options.photos or []] or chosen[:3]
-    output = options.output
-    output.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     stories = []
     for draw, *arguments in (
-        (draw_grids, explained[0]),
-        (draw_patterns, options.seed),
-        (draw_heatmaps, explained, class_names),
-        (draw_mistakes, chosen[1:], confusions, class_names),
+        (draw_grids, network, explained[0]),
+        (draw_patterns, network, options.seed),
+        (draw_heatmaps, network, explained, class_names),
+        (draw_mistakes, network, chosen[1:], confusions, class_names),
+        *([(draw_curves, record)] if record else []),
     ):
-        stories.append(draw(output, network, *arguments))
-        print(f"{stories[-1][0]}: {', '.join(file for file, _ in stories[-1][2])}", flush=True)
-    if record:
-        stories.append(draw_curves(output, record))
-    of_first = zip(class_names, explained[0].probabilities, strict=True)
-    facts = {
-        f"What it takes {explained[0].name} for": {
-            name: f"{p:.3f}" for name, p in sorted(of_first, key=lambda pair: -pair[1])
-        }
+        stories.append(draw(options.output, *arguments))
+        print(f"{stories[-1][0]}: {', '.join(stories[-1][2])}", flush=True)
+    taken_for = sorted(zip(explained[0].probabilities, class_names, strict=True), reverse=True)
+    tables = {
+        f"What it takes {explained[0].name} for": {name: f"{share:.3f}" for share, name in taken_for},
+        "Test photos": loss_and_accuracy(probabilities, test.classes),
+        "Settings": (record or {}).get("settings", {}),
     }
-    facts["Test photos"] = loss_and_accuracy(probabilities, test.classes)
-    facts["Settings"] = (record or {}).get("settings", {})
-    page = output / "index.html"
-    with replace_when_whole(page) as partial:
-        command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        partial.write_text(gallery_page(stories, facts, command), "utf-8")
-    return page
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    with replace_when_whole(options.output / "index.html") as partial:
+        partial.write_text(gallery_page(stories, tables, command), "utf-8")
+    return options.output / "index.html"
 
 
 def main():
@@ -1329,28 +1265,24 @@ def main():
     for path in options.photos or []:
         read_photo(path)
     record_file = options.model.with_name(f"{options.model.stem}_history.json")
+    backup_folder = options.model.with_name(f"{options.model.stem}_backup")
+    sizes = {"size": options.image_size, "batch_size": options.batch_size, "seed": options.seed}
     if options.skip_training:
         network = load_network(options.model, len(split_classes(options.data, "test")))
-        sizes = {"size": network.input_shape[1], "batch_size": options.batch_size, "seed": options.seed}
-        splits = open_splits(options.data, ["test"], **sizes)
+        test = open_splits(options.data, ["test"], **sizes | {"size": network.input_shape[1]})["test"]
         record = read_json(record_file)
     else:
         require_writable(options.model.parent)
-        backup_folder = options.model.with_name(f"{options.model.stem}_backup")
-        sizes = {"size": options.image_size, "batch_size": options.batch_size, "seed": options.seed}
         splits = open_splits(options.data, ["train", "validation", "test"], **sizes)
         network, record = train_and_save(options, splits, backup_folder)
-    test = splits["test"]
+        test = splits["test"]
     probabilities = network.predict(test)
     figures = loss_and_accuracy(probabilities, test.classes)
     confusions, class_names = confusion_matrix(probabilities, test.classes), list(test.class_indices)
     print(f"\nTest: loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.4f}")
-    print(
-        *precision_and_recall(confusions, class_names), most_confused(confusions, class_names), "", sep="\n", flush=True
-    )
+    print(*precision_and_recall(confusions, class_names), most_confused(confusions, class_names) + "\n", sep="\n")
     if not options.skip_training:
-        record["test"] = figures
-        write_json(record_file, record)
+        write_json(record_file, record | {"test": figures})
         shutil.rmtree(backup_folder)
     page = draw_all(options, network, test, probabilities, record)
     print(f"\nAll pictures on one page: {page}")

@@ -40,9 +40,10 @@ def test_grad_cam_explains_the_logit_where_the_softmax_is_saturated():
 
 def test_the_evidence_difference_of_two_classes_is_antisymmetric():
     network = two_channel_network([[4, 1], [-2, 3]])
-    difference = study.evidence_difference(network, PHOTO, "maps", 0, 1)
+    one, other, difference = study.compared_evidence(network, PHOTO, "maps", 0, 1)
     assert (difference > 0).any() and (difference < 0).any()
-    np.testing.assert_array_equal(difference, -study.evidence_difference(network, PHOTO, "maps", 1, 0))
+    np.testing.assert_array_equal(difference, one - other)
+    np.testing.assert_array_equal(difference, -study.compared_evidence(network, PHOTO, "maps", 1, 0)[2])
 
 
 def test_shifting_the_photo_shifts_the_heatmap():
