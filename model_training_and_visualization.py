@@ -22,6 +22,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import h5py
@@ -329,7 +330,7 @@ class Phase:
 def training_phases(epochs, weights, freeze_below, learning_rate=None):
     """The phases of a run: one from scratch; from given weights a fifth of the epochs for the head, then the rest."""
     if weights == "none":
-        return [Phase("scratch", 0, epochs, "none", learning_rate or 2e-3, cosine=True)]
+        return [Phase("scratch", 0, epochs, "none", learning_rate or 5e-4, cosine=True)]
     head_epochs = math.ceil(epochs / 5)
     head = Phase("head", 0, head_epochs, "head", 1e-3, cosine=False)
     fine_tuning = Phase("fine-tuning", head_epochs, epochs, freeze_below, learning_rate or 2e-4, cosine=True)
@@ -341,14 +342,11 @@ def freeze(network, below):
 
     BatchNormalization of a frozen layer runs in inference mode: Keras couples the two.
     """
-    network.trainable = True
-    if below == "none":
-        return
-    stem_end = in_creation_order(network, layers.MaxPooling2D)[1].name
-    ends = [stem_end, *BLOCKS]
-    last_frozen = BLOCKS[-1] if below == "head" else ends[BLOCKS.index(below)]
-    for layer in keras.Model(network.input, network.get_layer(last_frozen).output).layers:
-        layer.trainable = False
+    stem_end = in_creation_order(network, layers.MaxPooling2D)[1].name if below != "none" else None
+    last_frozen = {"none": None, "head": BLOCKS[-1], **dict(zip(BLOCKS, [stem_end, *BLOCKS], strict=False))}[below]
+    frozen = keras.Model(network.input, network.get_layer(last_frozen).output).layers if last_frozen else []
+    for layer in network.layers:
+        layer.trainable = layer not in frozen
 
 
 def compile_for(network, phase, steps_per_epoch):
@@ -361,6 +359,7 @@ def compile_for(network, phase, steps_per_epoch):
             0.0, max(1, steps - warm_up), warmup_target=rate, warmup_steps=warm_up
         )
     network.compile(keras.optimizers.Adam(rate), loss="categorical_crossentropy", metrics=["accuracy"])
+    network.optimizer.build(network.trainable_variables)  # now, or TensorFlow traces the first step twice
 
 
 class EpochBar(keras.callbacks.Callback):
@@ -469,7 +468,6 @@ def train(network, splits, phases, backup):
             continue
         compile_for(network, phase, len(photos))
         if backup.epochs > phase.first:
-            network.optimizer.build(network.trainable_variables)
             network.load_weights(backup.weights_file(backup.epochs))  # now with the optimizer's own state
         photos.epoch = backup.epochs
         with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
@@ -906,6 +904,11 @@ def enlarge(heatmap, shape, geometry, input_size, interpolated=True):
     return weights[0] @ heatmap @ weights[1].T
 
 
+def on_photo(network, layer_name, heatmap, shape, interpolated=True):
+    """Lays a heatmap of one of the network's layers over a photo of a (height, width)."""
+    return enlarge(heatmap, shape, cell_geometry(network, layer_name), network.input_shape[1], interpolated)
+
+
 def colour(evidence, peak, signed=False):
     """(h, w) evidence as (h, w, 3) uint8 on a scale from 0, or from -peak, to peak; all 0 where peak is 0."""
     share = np.clip(evidence / (peak or 1), -1, 1)
@@ -950,75 +953,60 @@ def deletion(model, photo, masks):
     return model.predict_on_batch(np.stack([photo, *(np.where(mask[..., None], blurred, photo) for mask in masks)]))
 
 
-@dataclass
-class Explained:
-    """A photo that is explained: its name, as decoded, as the network sees it, and what the network makes of it."""
+def explain_photo(network, path, name, class_names, true=None):
+    """A photo as decoded and as the network sees it, and what the network makes of it.
 
-    name: str
-    photo: np.ndarray  # (height, width, 3) uint8
-    pixels: np.ndarray  # (size, size, 3) uint8
-    probabilities: np.ndarray  # (classes,)
-    true: int | None  # the class, where it is known
-
-    @property
-    def predicted(self):
-        return int(self.probabilities.argmax())
-
-    @property
-    def target(self):
-        """The class whose evidence is shown: the true one, as far as it is known."""
-        return self.predicted if self.true is None else self.true
-
-    @property
-    def rival(self):
-        """The most probable of the other classes."""
-        return int(np.argsort(self.probabilities)[-1 if self.predicted != self.target else -2])
-
-    def verdict(self, class_names):
-        words = [f"predicted {class_names[self.predicted]} {self.probabilities[self.predicted]:.2f}"]
-        if self.true is not None:
-            words.append(f"true {class_names[self.true]} {self.probabilities[self.true]:.2f}")
-        return ", ".join(words)
-
-
-def explained_photo(network, path, name, true=None):
+    Its target, the class whose evidence is shown, is the true class, or the predicted one where the true is not known;
+    its rival is the most probable of the others.
+    """
     pixels = network_input(path, network.input_shape[1])
-    return Explained(name, read_photo(path), pixels, network.predict_on_batch(pixels[None])[0], true)
+    probabilities = network.predict_on_batch(pixels[None])[0]
+    predicted, second = np.argsort(-probabilities)[:2]
+    target = predicted if true is None else true
+    verdict = [f"predicted {class_names[predicted]} {probabilities[predicted]:.2f}"]
+    verdict += [] if true is None else [f"true {class_names[true]} {probabilities[true]:.2f}"]
+    return SimpleNamespace(
+        name=name,
+        photo=read_photo(path),  # (height, width, 3) uint8
+        pixels=pixels,  # (size, size, 3) uint8
+        probabilities=probabilities,  # (classes,)
+        verdict=", ".join(verdict),
+        target=int(target),
+        target_name=class_names[target],
+        rival=int(second if predicted == target else predicted),
+        rival_name=class_names[second if predicted == target else predicted],
+    )
 
 
 def trust(network, explained, heatmap):
     """Probabilities of the target: of the photo, without its fifth that the heatmap marks, without a centred fifth."""
     size = len(explained.pixels)
-    on_photo = enlarge(heatmap, (size, size), cell_geometry(network, HEATMAP_LAYER), size)
-    masks = [most_marked(on_photo, DELETED_FRACTION), centred_blob(size, DELETED_FRACTION)]
-    return deletion(network, explained.pixels, masks)[:, explained.target]
+    marked = most_marked(on_photo(network, HEATMAP_LAYER, heatmap, (size, size)), DELETED_FRACTION)
+    return deletion(network, explained.pixels, [marked, centred_blob(size, DELETED_FRACTION)])[:, explained.target]
 
 
-def heatmap_panels(network, explained, class_names, heatmap):
+def heatmap_panels(network, explained, heatmap):
     """Photo, heatmap with its true cells, and overlay, side by side at the photo's own resolution: uint8 RGB."""
-    photo, target, peak = explained.photo, class_names[explained.target], heatmap.max()
-    place = photo.shape[:2], cell_geometry(network, HEATMAP_LAYER), len(explained.pixels)
-    cells = colour(enlarge(heatmap, *place, interpolated=False), peak)
-    smooth = overlay(photo, enlarge(heatmap, *place), peak)
+    photo, target, peak = explained.photo, explained.target_name, heatmap.max()
+    cells = colour(on_photo(network, HEATMAP_LAYER, heatmap, photo.shape[:2], interpolated=False), peak)
+    smooth = overlay(photo, on_photo(network, HEATMAP_LAYER, heatmap, photo.shape[:2]), peak)
     worth = f"No evidence for {target}: the heatmap is empty."
     if peak > 0:
         before, unmarked, uncentred = trust(network, explained, heatmap)
         worth = f"Most marked fifth blurred: {target} {before:.2f} → {unmarked:.2f}; centred fifth: → {uncentred:.2f}"
-    title = f"{explained.name}: {explained.verdict(class_names)}\n{worth}"
-    sheet = with_title(tile(np.stack([photo, cells, smooth]), 3), title)
+    sheet = with_title(tile(np.stack([photo, cells, smooth]), 3), f"{explained.name}: {explained.verdict}\n{worth}")
     return with_scale(sheet, peak, f"Evidence for {target} in {HEATMAP_LAYER}")
 
 
-def layer_panels(network, explained, class_names):
+def layer_panels(network, explained):
     """One photo through mixed0 … mixed10, the evidence of each block as a share of its own peak: uint8 RGB."""
     view = resize_photo(explained.photo, PANEL_SIZE)
-    panels = [with_title(view, explained.verdict(class_names))]
+    panels = [with_title(view, explained.verdict)]
     for name, heatmap in zip(BLOCKS, class_evidence(network, explained.pixels, BLOCKS, explained.target), strict=True):
-        evidence = enlarge(heatmap, view.shape[:2], cell_geometry(network, name), len(explained.pixels))
         strength = f"peak {heatmap.max():.2g}" if heatmap.any() else "no evidence"
-        caption = f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"
-        panels.append(with_title(overlay(view, evidence, heatmap.max()), caption))
-    title = f"Evidence for {class_names[explained.target]} in {explained.name}, block by block"
+        marked = overlay(view, on_photo(network, name, heatmap, view.shape[:2]), heatmap.max())
+        panels.append(with_title(marked, f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"))
+    title = f"Evidence for {explained.target_name} in {explained.name}, block by block"
     return with_scale(with_title(tile(np.stack(panels), 4, gap=6), title), 1.0, "Share of the block's peak")
 
 
@@ -1028,19 +1016,19 @@ def compared_evidence(model, photo, layer_name, one_class, other_class):
     return np.stack([one, other, one - other])
 
 
-def mistake_panels(network, mistakes, class_names):
+def mistake_panels(network, mistakes):
     """For each photo the evidence for the rival and for the true class, and their difference, all on one scale."""
     maps = [compared_evidence(network, e.pixels, HEATMAP_LAYER, e.rival, e.target) for e in mistakes]
     peak, panels = np.abs(maps).max(), []
     for explained, triple in zip(mistakes, maps, strict=True):
-        rival, true = class_names[explained.rival], class_names[explained.target]
+        rival, true = explained.rival_name, explained.target_name
         view = resize_photo(explained.photo, PANEL_SIZE)
         grey = np.repeat(view.mean(2, keepdims=True) / 2 + 60, 3, axis=2)  # colour tells of the evidence alone
-        place = view.shape[:2], cell_geometry(network, HEATMAP_LAYER), len(explained.pixels)
-        panels.append(with_title(view, explained.verdict(class_names)))
+        panels.append(with_title(view, explained.verdict))
         for evidence, caption in zip(triple, (f"for {rival}", f"for {true}", f"{rival} minus {true}"), strict=True):
+            enlarged = on_photo(network, HEATMAP_LAYER, evidence, view.shape[:2])
             caption += "" if evidence.any() else ": no evidence"
-            panels.append(with_title(overlay(grey, enlarge(evidence, *place), peak, signed=True), caption))
+            panels.append(with_title(overlay(grey, enlarged, peak, signed=True), caption))
     title = f"What misled the network: evidence in {HEATMAP_LAYER} for the class it leans to, and for the true class"
     return with_scale(with_title(tile(np.stack(panels), 4, gap=6), title), peak, "Evidence", signed=True)
 
@@ -1086,28 +1074,42 @@ def draw_patterns(output, network, seed):
     return "What the filters look for", "Each cell began blank and changed until its filter fired.", pictures
 
 
-def draw_heatmaps(output, network, photos, class_names):
+def draw_heatmaps(output, network, photos):
     pictures = {}
     for number, explained in enumerate(photos, start=1):
-        heatmap, target = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target), explained.target
-        save_picture(output / f"CAM_{number}.jpeg", heatmap_panels(network, explained, class_names, heatmap))
-        save_heatmap_grid(output / f"heatmap_{number}.jpg", heatmap, f"{class_names[target]} in {explained.name}")
-        pictures[f"CAM_{number}.jpeg"] = f"{explained.name}: {explained.verdict(class_names)}"
+        heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
+        save_picture(output / f"CAM_{number}.jpeg", heatmap_panels(network, explained, heatmap))
+        save_heatmap_grid(output / f"heatmap_{number}.jpg", heatmap, f"{explained.target_name} in {explained.name}")
+        pictures[f"CAM_{number}.jpeg"] = f"{explained.name}: {explained.verdict}"
         pictures[f"heatmap_{number}.jpg"] = f"Heatmap {number} as its raw grid of scores"
-    save_picture(output / "CAM_layers.jpg", layer_panels(network, photos[0], class_names))
+    save_picture(output / "CAM_layers.jpg", layer_panels(network, photos[0]))
     pictures["CAM_layers.jpg"] = f"{photos[0].name} through all blocks of the network"
     text = "Grad-CAM marks what speaks for a class; each title tells how far the probability falls without it."
     return "Where the network looks", text, pictures
 
 
 def draw_mistakes(output, network, photos, confusions, class_names):
-    save_picture(output / "CAM_mistakes.jpg", mistake_panels(network, photos, class_names))
+    save_picture(output / "CAM_mistakes.jpg", mistake_panels(network, photos))
     save_confusion_matrix(output / "confusion_matrix.png", confusions, class_names)
     pictures = {
         "CAM_mistakes.jpg": "Evidence for the class that it leans to, for the true class, and their difference",
         "confusion_matrix.png": "How often each true class (row) is taken for each class (column)",
     }
     return "What it gets wrong", most_confused(confusions, class_names), pictures
+
+
+def draw_strip(output, network, explained):
+    """The run at a glance, cut in part from the sheets that stand in the folder."""
+    view, sheets = resize_photo(explained.photo, 400), ("activation_4_grid.jpg", "conv2d_40_filters.jpg")
+    corners = [np.asarray(Image.open(output / sheet))[-400:, :400] for sheet in sheets]
+    heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
+    marked = overlay(view, on_photo(network, HEATMAP_LAYER, heatmap, view.shape[:2]), heatmap.max())
+    save_picture(output / "strip.jpg", tile(np.stack([view, *corners, marked]), 4, gap=6))
+    return (
+        "At a glance",
+        "",
+        {"strip.jpg": "A photo, what a layer answers, what filters look for, where the network looks"},
+    )
 
 
 def draw_curves(output, record):
@@ -1167,7 +1169,7 @@ def parse_options():
     add("--batch-size", type=number(int, 1), default=32, metavar="N", help="photos in a step")
     add("--image-size", type=number(int, 75), default=299, metavar="N", help="side of the network's square input")
     add("--freeze-below", default="mixed7", choices=blocks, metavar="BLOCK", help="fine-tune from it up; none: all")
-    add("--learning-rate", type=number(float, 1e-9), metavar="RATE", help="peak; else 2e-4, from scratch 2e-3")
+    add("--learning-rate", type=number(float, 1e-9), metavar="RATE", help="peak; else 2e-4, from scratch 5e-4")
     add("--mixed-precision", action="store_true", help="compute in half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="same seed, same result")
@@ -1233,16 +1235,19 @@ def draw_all(options, network, test, probabilities, record):
     """Writes all pictures and the page that shows them; returns the path of the page."""
     class_names, confusions = list(test.class_indices), confusion_matrix(probabilities, test.classes)
     telling = telling_photos(probabilities, test.classes)[:4]
-    chosen = [explained_photo(network, test.filepaths[k], test.filenames[k], int(test.classes[k])) for k in telling]
-    explained = [explained_photo(network, path, path.name) for path in options.photos or []] or chosen[:3]
+    chosen = [
+        explain_photo(network, test.filepaths[k], test.filenames[k], class_names, true=test.classes[k]) for k in telling
+    ]
+    explained = [explain_photo(network, path, path.name, class_names) for path in options.photos or []] or chosen[:3]
     options.output.mkdir(parents=True, exist_ok=True)
     stories = []
     for draw, *arguments in (
         (draw_grids, network, explained[0]),
         (draw_patterns, network, options.seed),
-        (draw_heatmaps, network, explained, class_names),
+        (draw_heatmaps, network, explained),
         (draw_mistakes, network, chosen[1:], confusions, class_names),
         *([(draw_curves, record)] if record else []),
+        (draw_strip, network, explained[0]),
     ):
         stories.append(draw(options.output, *arguments))
         print(f"{stories[-1][0]}: {', '.join(stories[-1][2])}", flush=True)
@@ -1276,7 +1281,7 @@ def main():
         splits = open_splits(options.data, ["train", "validation", "test"], **sizes)
         network, record = train_and_save(options, splits, backup_folder)
         test = splits["test"]
-    probabilities = network.predict(test)
+    probabilities = network.predict(test, verbose=0)
     figures = loss_and_accuracy(probabilities, test.classes)
     confusions, class_names = confusion_matrix(probabilities, test.classes), list(test.class_indices)
     print(f"\nTest: loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.4f}")

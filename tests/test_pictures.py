@@ -191,10 +191,10 @@ def test_a_rotated_photo_is_explained_upright_and_at_its_own_resolution(inceptio
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    explained = study.explained_photo(network, tmp_path / "turned.jpg", "turned.jpg")
+    explained = study.explain_photo(network, tmp_path / "turned.jpg", "turned.jpg", CLASSES)
     assert explained.photo.shape == (200, 120, 3)
     assert explained.photo[50, 60, 0] > 150 > explained.photo[150, 60, 0]
     assert explained.pixels[20, 37, 0] > 150 > explained.pixels[60, 37, 0]
     heatmap = study.grad_cam(network, explained.pixels, "mixed10", explained.target)
-    panels = study.heatmap_panels(network, explained, CLASSES, heatmap)
+    panels = study.heatmap_panels(network, explained, heatmap)
     assert panels.shape[0] > 200 and panels.shape[1] >= 3 * 120

@@ -1,13 +1,14 @@
 """What the training promises: true augmentation, honest phases, and that nothing good is ever lost."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import tensorflow as tf
 from conftest import CLASSES, small_network
 from draw_flowers import draw_flower
 from keras import layers
+from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 from PIL import Image
 
 import model_training_and_visualization as study
@@ -24,9 +26,17 @@ ROOT = Path(__file__).parents[1]
 STOCK = tf.keras.preprocessing.image.ImageDataGenerator
 
 
-def run_script(*arguments, **options):
-    command = [sys.executable, "model_training_and_visualization.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+def run_script(*arguments):
+    """Runs the script in a process of its own, with short climbs: the patterns' strength is tested elsewhere."""
+    code = "import model_training_and_visualization as study; study.PATTERN_STEPS = 2; study.run(study.main)"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def run_code(code, **paths):
+    """Runs code in a process of its own, with the paths filled in."""
+    code = code.format(root=str(ROOT), tests=str(ROOT / "tests"), **{name: str(path) for name, path in paths.items()})
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
 # ---- Augmentation ----
@@ -130,32 +140,23 @@ def test_the_fine_tuning_rate_warms_up_to_its_peak_and_falls_to_zero_along_a_cos
     np.testing.assert_allclose(rates, [0, 0.005, 0.01, 0.005, 0], atol=1e-6)
 
 
-def test_statistics_keep_up_with_short_runs_from_scratch_only(inception):
-    def momenta(network):
-        return {layer.momentum for layer in network.layers if isinstance(layer, layers.BatchNormalization)}
-
-    assert momenta(study.build_network(2, 75, "none")) == {0.9}
-    assert momenta(study.build_network(2, 75, str(inception[1]))) == {0.99}
+def test_statistics_keep_up_with_short_runs_from_scratch(inception):
+    assert {layer.momentum for layer in study.in_creation_order(inception[0], layers.BatchNormalization)} == {0.9}
 
 
-@pytest.mark.parametrize("name", ["whole.keras", "backbone.weights.h5", "backbone.h5", "whole.h5"])
-def test_every_kind_of_file_gives_its_weights_to_a_new_network(inception, tmp_path, name):
-    network, _ = inception
-    path = tmp_path / name
+def test_every_kind_of_file_gives_its_weights_to_a_new_network(inception, tmp_path):
+    network, saved = inception
     base = keras.Model(network.input, network.get_layer("mixed10").output)
-    if name.startswith("whole"):
-        network.save(path)
-    elif name == "backbone.weights.h5":
-        base.save_weights(path)
-    else:  # the layout of the files that Keras downloads
-        from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
-
-        h5py = pytest.importorskip("h5py")
-        with h5py.File(path, "w") as file:
-            save_weights_to_hdf5_group(file, base)
-    fresh = study.build_network(5, 96, str(path))
-    loaded = keras.Model(fresh.input, fresh.get_layer("mixed10").output).get_weights()
-    assert all(np.array_equal(a, b) for a, b in zip(loaded, base.get_weights(), strict=True))
+    base.save_weights(tmp_path / "backbone.weights.h5")
+    network.save_weights(tmp_path / "whole.weights.h5")
+    network.save(tmp_path / "whole.h5")
+    with h5py.File(tmp_path / "downloaded.h5", "w") as file:  # the layout of the files that Keras downloads
+        save_weights_to_hdf5_group(file, base)
+    fresh = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(96, 96, 3))
+    for path in (saved, *sorted(tmp_path.iterdir())):
+        fresh.set_weights([np.zeros_like(weight) for weight in fresh.get_weights()])
+        study.load_backbone_weights(fresh, path)
+        assert all(np.array_equal(a, b) for a, b in zip(fresh.get_weights(), base.get_weights(), strict=True)), path
 
 
 # ---- Nothing lost ----
@@ -174,60 +175,93 @@ def small_phases():
     ]
 
 
-class InterruptError(Exception):
-    pass
-
-
-def train_small(folder, backup_folder, resume=False, stop_in=None, settings=None):
+def train_small(folder, backup_folder, resume=False, epochs=5):
     keras.utils.set_random_seed(1)
-    network = small_network()
-    backup = study.EpochBackup(backup_folder, settings or {"seed": 5})
+    network, backup = small_network(), study.EpochBackup(backup_folder, {"seed": 5})
     if resume:
         backup.resume(network)
-    if stop_in is not None:
-        on_epoch_end = backup.on_epoch_end
+    save_epoch = backup.on_epoch_end
 
-        def stopping(epoch, logs=None):
-            if epoch == stop_in:
-                raise InterruptError
-            on_epoch_end(epoch, logs)
+    def interrupted_after(epoch, logs=None):
+        if epoch == epochs:
+            raise KeyboardInterrupt
+        save_epoch(epoch, logs)
 
-        backup.on_epoch_end = stopping
+    backup.on_epoch_end = interrupted_after
     study.train(network, small_splits(folder), small_phases(), backup)
     return network, backup
 
 
-@pytest.mark.parametrize("interrupted_in", [1, 2, 4])
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(split_flowers, tmp_path, interrupted_in):
-    whole, reference = train_small(split_flowers, tmp_path / "whole")
-    with pytest.raises(InterruptError):
-        train_small(split_flowers, tmp_path / "backup", stop_in=interrupted_in)
-    resumed, backup = train_small(split_flowers, tmp_path / "backup", resume=True)
-    assert backup.epochs == 5
+@pytest.fixture(scope="session")
+def uninterrupted(split_flowers, tmp_path_factory):
+    return train_small(split_flowers, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="session")
+def interrupted_after_4(split_flowers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        train_small(split_flowers, folder, epochs=4)
+    return folder
+
+
+def assert_same_run(ours, theirs):
+    (network, backup), (reference, whole) = ours, theirs
     for name in study.METRICS:
-        np.testing.assert_allclose(backup.history[name], reference.history[name], rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(resumed.get_weights(), whole.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert backup.weights_file(backup.best_epoch).is_file()
+        np.testing.assert_allclose(backup.history[name], whole.history[name], rtol=1e-4, atol=1e-5)
+    for one, other in zip(network.get_weights(), reference.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    assert backup.epochs == 5 and backup.weights_file(backup.best_epoch).is_file()
 
 
-def test_a_broken_backup_falls_back_to_the_epoch_before_it(split_flowers, tmp_path):
-    with pytest.raises(InterruptError):
-        _, backup = train_small(split_flowers, tmp_path / "backup", stop_in=4)
+def test_a_run_resumed_in_its_second_phase_equals_an_uninterrupted_one(
+    split_flowers, tmp_path, interrupted_after_4, uninterrupted
+):
+    shutil.copytree(interrupted_after_4, tmp_path / "backup")
+    assert_same_run(train_small(split_flowers, tmp_path / "backup", resume=True), uninterrupted)
+
+
+def test_a_run_resumed_between_its_phases_equals_an_uninterrupted_one(split_flowers, tmp_path, uninterrupted):
+    with pytest.raises(KeyboardInterrupt):
+        train_small(split_flowers, tmp_path / "backup", epochs=2)
+    assert_same_run(train_small(split_flowers, tmp_path / "backup", resume=True), uninterrupted)
+
+
+def test_a_broken_backup_falls_back_to_the_epoch_before_it(split_flowers, tmp_path, interrupted_after_4, uninterrupted):
+    shutil.copytree(interrupted_after_4, tmp_path / "backup")
     newest = max((tmp_path / "backup").glob("*epoch_004.weights.h5"))
     newest.write_bytes(newest.read_bytes()[:2000])
-    _, backup = train_small(split_flowers, tmp_path / "backup", resume=True)
-    assert backup.epochs == 5 and all(len(values) == 5 for values in backup.history.values())
+    assert_same_run(train_small(split_flowers, tmp_path / "backup", resume=True), uninterrupted)
 
 
-def test_resuming_with_other_settings_is_refused_naming_them(split_flowers, tmp_path):
-    with pytest.raises(InterruptError):
-        train_small(split_flowers, tmp_path / "backup", stop_in=2)
+def test_resuming_with_other_settings_is_refused_naming_them(interrupted_after_4, tmp_path):
     with pytest.raises(Stop, match=r"seed 5, not 6") as stop:
-        train_small(split_flowers, tmp_path / "backup", resume=True, settings={"seed": 6})
+        study.EpochBackup(interrupted_after_4, {"seed": 6}).resume(small_network())
     assert stop.value.exit_code == 2
     with pytest.raises(Stop, match="no interrupted run"):
-        train_small(split_flowers, tmp_path / "elsewhere", resume=True)
+        study.EpochBackup(tmp_path, {"seed": 5}).resume(small_network())
+
+
+FULL_DISK = """
+import resource, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from test_training import train_small
+import model_training_and_visualization as study
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # a disk with 10,000 bytes left
+study.run(lambda: train_small(Path({data!r}), Path({backup!r}), resume=True))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
+def test_a_full_disk_leaves_the_earlier_backup_and_says_what_to_do(split_flowers, tmp_path, interrupted_after_4):
+    shutil.copytree(interrupted_after_4, tmp_path / "backup")
+    before = sorted(path.name for path in (tmp_path / "backup").iterdir())
+    run = run_code(FULL_DISK, data=split_flowers, backup=tmp_path / "backup")
+    message = run.stderr.strip().splitlines()
+    assert run.returncode == 1 and "Free some space" in message[-1] and len(message) <= 3, run.stderr
+    assert sorted(path.name for path in (tmp_path / "backup").iterdir()) == before
+    study.EpochBackup(tmp_path / "backup", {"seed": 5}).resume(small_network())
 
 
 def test_a_loss_of_nan_stops_at_once_and_keeps_the_best_weights(split_flowers, tmp_path):
@@ -273,10 +307,7 @@ assert backup.epochs == 2
 
 
 def test_several_devices_train_mirrored(split_flowers, tmp_path):
-    names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "data": str(split_flowers), "backup": str(tmp_path / "b")}
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_DEVICES.format(**names)], capture_output=True, text=True, timeout=200
-    )
+    run = run_code(TWO_DEVICES, data=split_flowers, backup=tmp_path / "backup")
     assert run.returncode == 0, run.stderr
 
 
@@ -407,7 +438,8 @@ def whole_run(split_flowers, tmp_path_factory):
 
 
 EXPECTED = [
-    "OriginalImage.jpeg", "ReLU.png", "training_curves.png", "confusion_matrix.png", "CAM_layers.jpg", "CAM_mistakes.jpg",
+    "strip.jpg", "OriginalImage.jpeg", "ReLU.png", "training_curves.png", "confusion_matrix.png",
+    "CAM_layers.jpg", "CAM_mistakes.jpg",
     *(f"{kind}_{k}_grid.jpg" for kind in ("conv2d", "activation") for k in (1, 4, 9)),
     *(f"conv2d_{k}_filters.jpg" for k in (3, 8, 40)),
     *(f"{name}" for k in (1, 2, 3) for name in (f"CAM_{k}.jpeg", f"heatmap_{k}.jpg")),
@@ -459,14 +491,32 @@ def test_skip_training_draws_the_same_pictures_as_the_run_that_trained(whole_run
     assert (folder / "net.keras").read_bytes() == before
 
 
-def test_bad_input_ends_with_exit_code_2_and_two_lines_and_writes_nothing(tmp_path):
-    for arguments, words in (
-        (["--data", tmp_path / "nowhere"], "nowhere"),
-        (["--epochs", 0], "--epochs"),
-        (["--model", "net.h5"], ".keras"),
-        (["--data", tmp_path, "--skip-training", "--model", tmp_path / "absent.keras"], "absent.keras"),
-    ):
-        run = run_script("--output", tmp_path / "Images", *arguments)
-        assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr
-        assert len(run.stderr.strip().splitlines()) <= 3
-    assert not zipfile.is_zipfile(tmp_path / "inceptionv3.keras")
+def test_bad_input_ends_with_exit_code_2_in_few_lines_and_writes_nothing(tmp_path):
+    run = run_script("--output", tmp_path / "Images", "--model", tmp_path / "a.keras", "--data", tmp_path / "nowhere")
+    assert run.returncode == 2 and "nowhere" in run.stderr and "create_train_val_test.py" in run.stderr
+    assert len(run.stderr.strip().splitlines()) <= 3 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--epochs", "0"],
+        ["--image-size", "74"],
+        ["--learning-rate", "-1"],
+        ["--freeze-below", "x"],
+        ["--model", "a.h5"],
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        study.parse_options()
+    assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(Stop, match="file"):
+        study.require_writable(tmp_path / "file" / "Images")
+    study.require_writable(tmp_path / "new" / "Images")
+    assert not (tmp_path / "new").exists()
