@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -409,7 +410,7 @@ class EpochBackup(keras.callbacks.Callback):
         return int(np.argmin(self.history["val_loss"])) + 1
 
     def weights_file(self, epoch):
-        return self.folder / f"{self.run_name}_epoch_{epoch:03}.weights.h5"
+        return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"  # HDF5 itself crashes on a full disk
 
     def on_epoch_end(self, epoch, logs=None):
         self.failed = not np.isfinite([logs[name] for name in ("loss", "val_loss") if name in logs]).all()
@@ -421,10 +422,10 @@ class EpochBackup(keras.callbacks.Callback):
         needed |= {self.weights_file(epoch) for epoch in (self.epochs, self.best_epoch)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_when_whole(self.weights_file(self.epochs)) as partial:
-            self.model.save_weights(partial)
+            self.model.save(partial)
         state = {"run_name": self.run_name, "settings": self.settings, "history": self.history}
         write_json(self.folder / "state.json", state)
-        for file in set(self.folder.glob("*.weights.h5")) - needed:
+        for file in set(self.folder.glob("*.keras")) - needed:
             file.unlink()
 
     def resume(self, network):
@@ -440,7 +441,7 @@ class EpochBackup(keras.callbacks.Callback):
         for epoch in range(len(state["history"]["loss"]), 0, -1):
             try:
                 network.load_weights(self.weights_file(epoch))
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 print(f"{self.weights_file(epoch)}: {first_line(error)}. Going on from the epoch before it.")
                 continue
             self.history = {name: values[:epoch] for name, values in state["history"].items()}

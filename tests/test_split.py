@@ -446,7 +446,7 @@ def test_a_full_disk_ends_the_run_with_exit_1_and_leaves_the_old_split(whole):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_the_old_split_and_nothing_else(whole, number, code):
     source, output, before = whole
-    slow = "decode = script.decode_photo; script.decode_photo = lambda *a, **k: time.sleep(0.3) or decode(*a, **k)"
+    slow = "script.progress = lambda photos, *_: (time.sleep(0.3) or photo for photo in photos)"
     started = process(source, output, "--overwrite", before=slow)
     while not (output / split_script.BUILDING).exists():
         time.sleep(0.02)
@@ -454,6 +454,17 @@ def test_an_interrupted_run_leaves_the_old_split_and_nothing_else(whole, number,
     returned, message = finish(started)
     assert returned == code and "Traceback" not in message
     assert tree(output) == before
+
+
+@posix_only
+def test_the_workers_of_a_killed_run_end_with_it(whole):
+    source, output, _ = whole
+    slow = "script.progress = lambda photos, *_: (print(flush=True) or time.sleep(60) for photo in photos)"
+    started = process(source, output, "--overwrite", before=slow)
+    started.stdout.readline()
+    started.kill()
+    started.communicate(timeout=10)  # the pipes close when the last worker has ended
+    split(source, output, "--overwrite")  # and with it the lock
 
 
 @posix_only
@@ -553,11 +564,13 @@ def test_a_file_is_replaced_only_when_its_successor_is_whole(tmp_path):
 
 
 def test_the_remains_of_a_killed_write_are_cleared_and_those_of_a_running_one_are_not(tmp_path):
-    running = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    write = "import os; file = open(f'.partial{os.getpid()}-model.keras', 'w'); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    running = subprocess.Popen([sys.executable, "-c", write], cwd=tmp_path, **pipes)
+    running.stdout.readline()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for number in (running.pid, ended.pid):
-        (tmp_path / f".partial{number}-model.keras").touch()
+    (tmp_path / f".partial{ended.pid}-model.keras").touch()
     with replace_when_whole(tmp_path / "model.keras") as partial:
         partial.touch()
     running.communicate(b"\n")

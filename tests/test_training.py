@@ -229,7 +229,7 @@ def test_a_run_resumed_between_its_phases_equals_an_uninterrupted_one(split_flow
 
 def test_a_broken_backup_falls_back_to_the_epoch_before_it(split_flowers, tmp_path, interrupted_after_4, uninterrupted):
     shutil.copytree(interrupted_after_4, tmp_path / "backup")
-    newest = max((tmp_path / "backup").glob("*epoch_004.weights.h5"))
+    newest = max((tmp_path / "backup").glob("*epoch_004.keras"))
     newest.write_bytes(newest.read_bytes()[:2000])
     assert_same_run(train_small(split_flowers, tmp_path / "backup", resume=True), uninterrupted)
 
@@ -246,8 +246,8 @@ FULL_DISK = """
 import resource, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
-from test_training import train_small
 import model_training_and_visualization as study
+from test_training import train_small
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # a disk with 10,000 bytes left
 study.run(lambda: train_small(Path({data!r}), Path({backup!r}), resume=True))
 """

@@ -1,0 +1,30 @@
+"""What the README says of the program is what the program says of itself."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import create_train_val_test
+import model_training_and_visualization as study
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("script", [create_train_val_test, study])
+def test_the_readme_holds_the_options_that_help_prints(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit):
+        script.parse_options()
+    marker = f"<!-- options {script.__name__} -->\n```\n"
+    assert marker + capsys.readouterr().out.strip() + "\n```" in README
+
+
+def test_every_picture_of_the_readme_is_there_and_every_committed_picture_is_shown():
+    shown = set(re.findall(r"\(Images/([^)]+)\)", README))
+    there = {path.name for path in (ROOT / "Images").iterdir()}
+    assert shown <= there
+    assert {name for name in there if not name.endswith(".html")} <= shown | {"heatmap_2.jpg", "heatmap_3.jpg"}
