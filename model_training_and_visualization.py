@@ -1126,22 +1126,22 @@ h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 figcaption { color: var(--quiet); overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: 0.8rem; border: 1px solid var(--line); border-radius: 6px; }
+table { display: block; overflow-x: auto; }
 th, td { padding: 0.1rem 1.5rem 0.1rem 0; text-align: left; font-weight: normal; overflow-wrap: anywhere; }
 """
 
 
-def gallery_page(stories, tables, command):
-    """One offline HTML page; stories: [(heading, text, {file: caption})], tables: {heading: {name: value}}."""
+def gallery_page(sections, command):
+    """One offline HTML page; sections: [(heading, text, {file: caption}, {name: value})]."""
     title, escape = "What a convolutional network sees", lambda value: html.escape(str(value))
     parts = [f"<h1>{title}</h1>"]
-    for heading, text, pictures in stories:
+    for heading, text, pictures, table in sections:
         parts.append(f"<h2>{escape(heading)}</h2>\n<p>{escape(text)}</p>")
         for file, caption in pictures.items():
             image = f'<a href="{file}"><img src="{file}" alt="{escape(caption)}" loading="lazy"></a>'
             parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-    for heading, table in tables.items():
         rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in table.items())
-        parts.append(f"<h2>{escape(heading)}</h2>\n<table>{''.join(rows)}</table>")
+        parts.append(f"<table>{''.join(rows)}</table>")
     parts.append(f"<h2>The command</h2>\n<pre>{escape(command)}</pre>")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -1253,14 +1253,17 @@ def draw_all(options, network, test, probabilities, record):
         stories.append(draw(options.output, *arguments))
         print(f"{stories[-1][0]}: {', '.join(stories[-1][2])}", flush=True)
     taken_for = sorted(zip(explained[0].probabilities, class_names, strict=True), reverse=True)
-    tables = {
-        f"What it takes {explained[0].name} for": {name: f"{share:.3f}" for share, name in taken_for},
-        "Test photos": loss_and_accuracy(probabilities, test.classes),
-        "Settings": (record or {}).get("settings", {}),
-    }
+    *stories, at_a_glance = stories
+    sections = [
+        (*at_a_glance, {}),
+        (f"What it takes {explained[0].name} for", "", {}, {name: f"{share:.3f}" for share, name in taken_for}),
+        *((*story, {}) for story in stories),
+        ("How well it does on the test photos", "", {}, loss_and_accuracy(probabilities, test.classes)),
+        ("Settings", "", {}, record["settings"] if record else {}),
+    ]
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     with replace_when_whole(options.output / "index.html") as partial:
-        partial.write_text(gallery_page(stories, tables, command), "utf-8")
+        partial.write_text(gallery_page(sections, command), "utf-8")
     return options.output / "index.html"
 
 

@@ -28,7 +28,8 @@ STOCK = tf.keras.preprocessing.image.ImageDataGenerator
 
 def run_script(*arguments):
     """Runs the script in a process of its own, with short climbs: the patterns' strength is tested elsewhere."""
-    code = "import model_training_and_visualization as study; study.PATTERN_STEPS = 2; study.run(study.main)"
+    small = "study.PATTERN_STEPS, study.PATTERN_SIZE = 2, 48"
+    code = f"import model_training_and_visualization as study; {small}; study.run(study.main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
