@@ -1221,7 +1221,11 @@ def train_and_save(options, splits, backup_folder):
         network = build_network(class_count, options.image_size, options.weights)
         if options.resume:
             backup.resume(network)
-        train(network, splits, phases, backup)
+        try:
+            train(network, splits, phases, backup)
+        except KeyboardInterrupt:
+            print(f"After {backup.epochs} whole epochs; the same command with --resume goes on from there.", flush=True)
+            raise
     keras.config.set_dtype_policy("float32")
     keras.utils.clear_session()  # so that the names of the layers count from the start again
     network = build_network(class_count, options.image_size, "none")
