@@ -231,7 +231,7 @@ def load_imagenet_weights(base):
         cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / address.rpartition("/")[2]
         raise Stop(
             f"ImageNet's weights cannot be fetched from {address}\n"
-            f"({first_line(error)}) Put that file by hand at {cache},\n"
+            f"Put that file by hand at {cache},\n"
             "or start from a file of your own with --weights FILE, or from scratch with --weights none.",
             exit_code=1,
         ) from error
