@@ -9,6 +9,7 @@ The sections follow a run: 1 photos, 2 network, 3 training, 4 judgement, 5 activ
 
 import argparse
 import contextlib
+import functools
 import html
 import json
 import math
@@ -697,7 +698,7 @@ PATTERN_CLIMBS = {
     40: {"longest_wavelength": 128, "shift": 32, "damping": 1.0},
 }
 PATTERN_SIZE = 128  # pixels: the canvas is the cell of the sheet
-PATTERN_STEPS = 32  # by then the pictures are strong; more steps only drive colours into black and white
+PATTERN_STEPS = 30  # by then the pictures are strong; more steps only drive colours into black and white
 PATTERN_RATE = 0.3
 PATTERN_STARTS = 3  # a blank image, then noise for the filters that did not fire
 SHORTEST_WAVELENGTH = 4  # pixels: without shorter waves the answer hardly drops, and the speckle is gone
@@ -836,7 +837,7 @@ def class_evidence(model, photo, layer_names, class_index):
     size = model.input_shape[1] or len(photo)
     if photo.shape[:2] != (size, size):
         photo = resize_photo(np.asarray(photo, "uint8"), size)
-    probe = keras.Model(model.input, [*(model.get_layer(name).output for name in layer_names), logits_of(model)])
+    probe = evidence_probe(model, tuple(layer_names))
     batch = tf.convert_to_tensor(np.asarray(photo, "float32")[None])
     with tf.GradientTape() as tape:
         tape.watch(batch)
@@ -845,6 +846,12 @@ def class_evidence(model, photo, layer_names, class_index):
     gradients = tape.gradient(logit, answers)
     weighted = (a[0] * tf.reduce_mean(g, (0, 1, 2)) for a, g in zip(answers, gradients, strict=True))
     return [np.maximum(0, tf.reduce_sum(channels, -1)) for channels in weighted]  # from (h, w, channels)
+
+
+@functools.lru_cache(maxsize=2)  # to build it takes as long as to run it
+def evidence_probe(model, layer_names):
+    """The model with the answers of the named layers, and the logits, as its outputs."""
+    return keras.Model(model.input, [*(model.get_layer(name).output for name in layer_names), logits_of(model)])
 
 
 def logits_of(model):
@@ -951,7 +958,12 @@ def deletion(model, photo, masks):
     further without the part that it marks than without as large a part that anyone would have guessed.
     """
     blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), len(photo) / 12)
-    return model.predict_on_batch(np.stack([photo, *(np.where(mask[..., None], blurred, photo) for mask in masks)]))
+    return class_probabilities(model, [photo, *(np.where(mask[..., None], blurred, photo) for mask in masks)])
+
+
+def class_probabilities(model, photos):
+    """(n, classes) for a few (size, size, 3) photos; called as it is, a network needs no tracing as in predict."""
+    return np.asarray(model(np.stack(photos).astype("float32"), training=False))
 
 
 def explain_photo(network, path, name, class_names, true=None):
@@ -961,7 +973,7 @@ def explain_photo(network, path, name, class_names, true=None):
     its rival is the most probable of the others.
     """
     pixels = network_input(path, network.input_shape[1])
-    probabilities = network.predict_on_batch(pixels[None])[0]
+    probabilities = class_probabilities(network, [pixels])[0]
     predicted, second = np.argsort(-probabilities)[:2]
     target = predicted if true is None else true
     verdict = [f"predicted {class_names[predicted]} {probabilities[predicted]:.2f}"]
