@@ -1236,7 +1236,8 @@ def train_and_save(options, splits, backup_folder):
         try:
             train(network, splits, phases, backup)
         except KeyboardInterrupt:
-            print(f"After {backup.epochs} whole epochs; the same command with --resume goes on from there.", flush=True)
+            if backup.epochs:
+                print(f"{backup.epochs} whole epochs are kept; the same command with --resume goes on.", flush=True)
             raise
     keras.config.set_dtype_policy("float32")
     keras.utils.clear_session()  # so that the names of the layers count from the start again
