@@ -9,7 +9,6 @@ The sections follow a run: 1 photos, 2 network, 3 training, 4 judgement, 5 activ
 
 import argparse
 import contextlib
-import functools
 import html
 import json
 import math
@@ -23,6 +22,7 @@ import threading
 import time
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,15 +40,15 @@ from create_train_val_test import Stop, class_folders, cores, decode_photos, rea
 @contextlib.contextmanager
 def without_startup_noise():
     """Keeps what TensorFlow says while it loads off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
-    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3"
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere if quiet else stderr, 2)
+    stderr = os.dup(2)
+    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
 
 
 with without_startup_noise():
@@ -128,13 +128,12 @@ class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
 
     def __init__(self, directory, generator, **options):
         super().__init__(directory, generator, **options)
-        self.kept = {}  # number of the photo -> (size, size, 3) uint8
+        self.workers, self.kept = min(8, cores()), {}  # number of the photo -> (size, size, 3) uint8
 
-    def check_photos(self, description):
+    def check_photos(self):
         """Decodes each photo, in parallel, and keeps what fits into memory. Raises Stop naming the first bad one."""
-        size = self.target_size[0]
-        decoded = decode_photos(self.filepaths, lambda path: network_input(path, size), description)
-        for number, photo in enumerate(decoded):
+        decode, description = partial(network_input, size=self.target_size[0]), f"Checking {Path(self.directory).name}"
+        for number, photo in enumerate(decode_photos(self.filepaths, decode, description)):
             if isinstance(photo, Exception):
                 raise photo
             if photo.nbytes * (number + 1) <= PHOTO_MEMORY:
@@ -169,30 +168,24 @@ def split_classes(data, split):
     return names
 
 
-def open_split(data, split, size, batch_size, seed):
-    """Opens data/split as a PhotoIterator, training photos shuffled and augmented. Raises Stop where photos lack."""
-    folder, training = data / split, split == "train"
-    options = {"target_size": (size, size), "batch_size": batch_size, "shuffle": training, "seed": seed}
-    generator = PhotoGenerator(**AUGMENTATION if training else {})
-    photos = generator.flow_from_directory(str(folder), classes=split_classes(data, split), **options)
-    if empty := [name for name, label in photos.class_indices.items() if label not in photos.classes]:
-        raise Stop(f"{folder}: no photos in {', '.join(empty)}. Split again, with --overwrite.")
-    photos.workers = min(8, cores())
-    return photos
+def open_splits(data, names, size, batch_size, seed):
+    """Opens the named split folders, training photos augmented, and checks each photo: {name: PhotoIterator}.
 
-
-def open_splits(data, names, **options):
-    """Opens and checks the named splits, {name: PhotoIterator}. Raises Stop unless all hold the same classes."""
-    splits = {name: open_split(data, name, **options) for name in names}
-    for name, photos in splits.items():
-        if different := set(photos.class_indices) ^ set(splits[names[0]].class_indices):
-            here, there = data / names[0], data / name
-            raise Stop(
-                f"{here} and {there} hold different classes: {', '.join(sorted(different))}.\n"
-                "Split again, with --overwrite."
-            )
-    for name, photos in splits.items():
-        photos.check_photos(f"Checking {name}")
+    Raises Stop where a class is empty, a photo does not decode, or the splits hold different classes.
+    """
+    classes, splits = {name: split_classes(data, name) for name in names}, {}
+    for name in names:
+        if different := set(classes[name]) ^ set(classes[names[0]]):
+            folders, lists = f"{data / names[0]} and {data / name}", ", ".join(sorted(different))
+            raise Stop(f"{folders} hold different classes: {lists}.\nSplit again, with --overwrite.")
+        training = name == "train"
+        options = {"classes": classes[name], "target_size": (size, size), "shuffle": training, "seed": seed}
+        generator = PhotoGenerator(**AUGMENTATION if training else {})
+        splits[name] = generator.flow_from_directory(str(data / name), batch_size=batch_size, **options)
+        if empty := [k for k, label in splits[name].class_indices.items() if label not in splits[name].classes]:
+            raise Stop(f"{data / name}: no photos in {', '.join(empty)}.\nSplit again, with --overwrite.")
+    for photos in splits.values():
+        photos.check_photos()
     return splits
 
 
@@ -269,31 +262,27 @@ def load_network(path, class_count):
         network = keras.saving.load_model(path, compile=False)  # in safe mode: no code from the file is run
     except Exception as error:  # a foreign file can fail in as many ways as there are formats
         raise Stop(f"--model {path}: cannot be loaded ({first_line(error)}).\nTrain one, or name another.") from error
-    if lacking := what_network_lacks(network, class_count):
-        raise Stop(f"--model {path}: the pictures need {'; '.join(lacking)}. Name another, or train one.")
+    if lack := what_network_lacks(network, class_count):
+        raise Stop(f"--model {path}: the pictures need {lack}.\nName another, or train one.")
     return network
 
 
 def what_network_lacks(network, class_count):
-    """What keeps a network from being a flat InceptionV3 classifier of 0–255 RGB, in words; else an empty list."""
-    if any(isinstance(layer, keras.Model) for layer in network.layers):
-        return ["a flat graph, not a model nested in a model"]
-    convolutions = in_creation_order(network, layers.Conv2D)
+    """What keeps a network from being a flat InceptionV3 classifier of 0–255 RGB, in words; None if nothing does."""
+    convolutions, shape = in_creation_order(network, layers.Conv2D), network.input_shape[1:]
     if len(convolutions) != 94 or not set(BLOCKS) <= {layer.name for layer in network.layers}:
-        return ["InceptionV3's 94 convolutions and its blocks mixed0 to mixed10"]
-    lacking = []
-    shape, head = network.input_shape[1:], network.layers[-1]
+        return "InceptionV3's 94 convolutions and its blocks mixed0 to mixed10 in one flat graph"
     if None in shape or shape != (shape[0], shape[0], 3):
-        return ["a square RGB input of a fixed size"]
+        return "a square RGB input of a fixed size"
     black_and_white = np.stack([np.zeros(shape, "float32"), np.full(shape, 255, "float32")])
     black, white = np.mean(keras.Model(network.input, convolutions[0].input)(black_and_white), axis=(1, 2, 3))
     if not 0.5 < white - black < 2.5:
-        lacking.append("a scaling of 0–255 RGB inside, as Rescaling(1/127.5, offset=-1) after the input")
-    if getattr(head, "activation", None) is not keras.activations.softmax:
-        lacking.append("a softmax at its end")
-    elif network.output_shape[-1] != class_count:
-        lacking.append(f"{class_count} classes like the split folders, not {network.output_shape[-1]}")
-    return lacking
+        return "a scaling of 0–255 RGB inside, as Rescaling(1/127.5, offset=-1) after the input"
+    if getattr(network.layers[-1], "activation", None) is not keras.activations.softmax:
+        return "a softmax at its end"
+    if network.output_shape[-1] != class_count:
+        return f"{class_count} classes like the split folders, not {network.output_shape[-1]}"
+    return None
 
 
 def in_creation_order(network, layer_type):
@@ -579,21 +568,30 @@ def save_training_curves(path, history, phases):
 
 def save_confusion_matrix(path, confusions, class_names):
     """Draws how often each true class (row) is taken for each class (column)."""
-    figure = Figure(figsize=(1.6 + 0.9 * len(class_names), 1.2 + 0.8 * len(class_names)))
-    axes = figure.subplots()
     shares = confusions / np.maximum(1, confusions.sum(1, keepdims=True))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(confusions):
-        axes.text(column, row, count, ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+    axes = axes_of_numbers(confusions, shares, "Blues", white=shares > 0.5)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
     axes.set_yticks(range(len(class_names)), class_names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusions)} of {confusions.sum()} test photos right")
-    save_figure(path, figure)
+    save_figure(path, axes.figure)
+
+
+def axes_of_numbers(numbers, shares, colours, white):
+    """Axes with a cell for each of the (h, w) numbers, coloured by its share, 0–1; where white, in white letters."""
+    figure = Figure(figsize=(1.6 + 0.9 * numbers.shape[1], 1.2 + 0.8 * len(numbers)))
+    axes = figure.subplots()
+    axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(numbers):
+        axes.text(
+            column, row, f"{value:.3g}", ha="center", va="center", color="white" if white[row, column] else "black"
+        )
+    return axes
 
 
 def save_figure(path, figure):
     with replace_when_whole(path) as partial:
         figure.savefig(partial, dpi=130, bbox_inches="tight")
+    print(path, flush=True)
 
 
 # ---- 5. Activation grids: what each channel of a layer answers -------------------------------------------------------
@@ -668,6 +666,7 @@ def save_picture(path, picture):
     """Writes an (h, w, 3) uint8 picture in the format that the suffix names."""
     with replace_when_whole(path) as partial:
         Image.fromarray(picture).save(partial, quality=92, subsampling=0)  # colours as sharp as brightness
+    print(path, flush=True)
 
 
 def save_relu(path):
@@ -832,26 +831,31 @@ def pattern_sheet(network, number, seed):
 # the softmax is flat, and its gradient nothing, where the network is sure.
 
 
-def class_evidence(model, photo, layer_names, class_index):
-    """Grad-CAM maps of several layers from one forward and one backward pass: a list of (h, w) float arrays >= 0."""
+def class_evidence(model, photo, layer_names, class_indices):
+    """Grad-CAM maps of some layers, in the order of the graph, for some classes: a list of (classes, h, w) floats >= 0.
+
+    All of the model's paths must meet in the first layer: up to it the photo is taken through the model but once.
+    """
     size = model.input_shape[1] or len(photo)
     if photo.shape[:2] != (size, size):
         photo = resize_photo(np.asarray(photo, "uint8"), size)
-    probe = evidence_probe(model, tuple(layer_names))
-    batch = tf.convert_to_tensor(np.asarray(photo, "float32")[None])
+    below, above = evidence_probes(model, tuple(layer_names))
+    first_answer = tf.repeat(below(np.asarray(photo, "float32")[None]), len(class_indices), axis=0)
     with tf.GradientTape() as tape:
-        tape.watch(batch)
-        *answers, logits = probe(batch)
-        logit = logits[0, class_index]
-    gradients = tape.gradient(logit, answers)
-    weighted = (a[0] * tf.reduce_mean(g, (0, 1, 2)) for a, g in zip(answers, gradients, strict=True))
-    return [np.maximum(0, tf.reduce_sum(channels, -1)) for channels in weighted]  # from (h, w, channels)
+        tape.watch(first_answer)
+        *answers, logits = tf.nest.flatten(above(first_answer))  # a lone output comes without a list
+        # The sum leaves each copy of the answers the gradient of its own class alone.
+        own = tf.reduce_sum(tf.gather(logits, class_indices, axis=1, batch_dims=1))
+    answers = [first_answer, *answers]
+    channel_weights = (tf.reduce_mean(gradient, (1, 2), keepdims=True) for gradient in tape.gradient(own, answers))
+    return [np.maximum(0, tf.reduce_sum(a * w, -1)) for a, w in zip(answers, channel_weights, strict=True)]
 
 
-@functools.lru_cache(maxsize=2)  # to build it takes as long as to run it
-def evidence_probe(model, layer_names):
-    """The model with the answers of the named layers, and the logits, as its outputs."""
-    return keras.Model(model.input, [*(model.get_layer(name).output for name in layer_names), logits_of(model)])
+@lru_cache(maxsize=2)  # to build them takes as long as to run them
+def evidence_probes(model, layer_names):
+    """The model up to the first of the layers, and from there to the answers of the others and the logits."""
+    first, *others = (model.get_layer(name).output for name in layer_names)
+    return keras.Model(model.input, first), keras.Model(first, [*others, logits_of(model)])
 
 
 def logits_of(model):
@@ -873,7 +877,7 @@ def grad_cam(model, photo, layer_name, class_index):
     photo: one (height, width, 3) RGB photo, 0–255, squeezed to the model's input where its size differs. Returns the
     (h, w) float map of the layer, not scaled, not enlarged; 0 everywhere where nothing speaks for the class.
     """
-    return class_evidence(model, photo, [layer_name], class_index)[0]
+    return class_evidence(model, photo, [layer_name], [class_index])[0][0]
 
 
 def cell_geometry(model, layer_name):
@@ -974,20 +978,20 @@ def explain_photo(network, path, name, class_names, true=None):
     """
     pixels = network_input(path, network.input_shape[1])
     probabilities = class_probabilities(network, [pixels])[0]
-    predicted, second = np.argsort(-probabilities)[:2]
-    target = predicted if true is None else true
-    verdict = [f"predicted {class_names[predicted]} {probabilities[predicted]:.2f}"]
-    verdict += [] if true is None else [f"true {class_names[true]} {probabilities[true]:.2f}"]
+    predicted, second = np.argsort(-probabilities)[:2].tolist()
+    target = predicted if true is None else int(true)
+    rival = second if predicted == target else predicted
+    shares = {"predicted": predicted} | ({} if true is None else {"true": true})
     return SimpleNamespace(
         name=name,
         photo=read_photo(path),  # (height, width, 3) uint8
         pixels=pixels,  # (size, size, 3) uint8
         probabilities=probabilities,  # (classes,)
-        verdict=", ".join(verdict),
-        target=int(target),
+        verdict=", ".join(f"{word} {class_names[k]} {probabilities[k]:.2f}" for word, k in shares.items()),
+        target=target,
+        rival=rival,
         target_name=class_names[target],
-        rival=int(second if predicted == target else predicted),
-        rival_name=class_names[second if predicted == target else predicted],
+        rival_name=class_names[rival],
     )
 
 
@@ -1015,7 +1019,8 @@ def layer_panels(network, explained):
     """One photo through mixed0 … mixed10, the evidence of each block as a share of its own peak: uint8 RGB."""
     view = resize_photo(explained.photo, PANEL_SIZE)
     panels = [with_title(view, explained.verdict)]
-    for name, heatmap in zip(BLOCKS, class_evidence(network, explained.pixels, BLOCKS, explained.target), strict=True):
+    evidence = class_evidence(network, explained.pixels, BLOCKS, [explained.target])
+    for name, (heatmap,) in zip(BLOCKS, evidence, strict=True):
         strength = f"peak {heatmap.max():.2g}" if heatmap.any() else "no evidence"
         marked = overlay(view, on_photo(network, name, heatmap, view.shape[:2]), heatmap.max())
         panels.append(with_title(marked, f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"))
@@ -1025,7 +1030,7 @@ def layer_panels(network, explained):
 
 def compared_evidence(model, photo, layer_name, one_class, other_class):
     """(3, h, w): the evidence for one class, for the other, and one minus other, positive where one has more."""
-    one, other = (grad_cam(model, photo, layer_name, class_index) for class_index in (one_class, other_class))
+    ((one, other),) = class_evidence(model, photo, [layer_name], [one_class, other_class])
     return np.stack([one, other, one - other])
 
 
@@ -1047,21 +1052,16 @@ def mistake_panels(network, mistakes):
 
 
 def save_heatmap_grid(path, heatmap, title):
-    """Draws the raw scores of an (h, w) heatmap with its axes."""
-    figure = Figure(figsize=(6, 5))
-    axes = figure.subplots()
-    image = axes.imshow(heatmap, cmap="turbo", vmin=0, vmax=heatmap.max() or 1)
-    for (row, column), score in np.ndenumerate(heatmap):
-        middling = 0.25 < score / (heatmap.max() or 1) < 0.75
-        axes.text(column, row, f"{score:.2g}", ha="center", va="center", size=8, color="black" if middling else "white")
+    """Draws the raw scores of an (h, w) heatmap with its axes; 0 is no evidence."""
+    shares = heatmap / (heatmap.max() or 1)
+    axes = axes_of_numbers(heatmap, shares, "turbo", white=np.abs(shares - 0.5) > 0.25)
     axes.set(title=title, xlabel="column", ylabel="row", xticks=range(heatmap.shape[1]), yticks=range(len(heatmap)))
-    figure.colorbar(image, label="evidence (0: none)")
-    save_figure(path, figure)
+    save_figure(path, axes.figure)
 
 
 # ---- 8. Gallery: the run as one page ---------------------------------------------------------------------------------
 #
-# Each draw_* function writes its pictures and returns its part of the story: heading, text, {file: caption}.
+# Each draw_* function writes its pictures and returns {file: caption}, from which the page is made.
 
 
 def draw_grids(output, network, explained):
@@ -1076,7 +1076,7 @@ def draw_grids(output, network, explained):
     for (file, name), answer in zip(layer_of.items(), answers, strict=True):
         save_picture(output / file, activation_grid(answer, name, explained.name))
         pictures[file] = f"{name}: {answer.shape[2]} channels, one a cell"
-    return "What the layers answer", "Each cell is the answer of one filter to the photo, ever coarser.", pictures
+    return pictures
 
 
 def draw_patterns(output, network, seed):
@@ -1084,7 +1084,7 @@ def draw_patterns(output, network, seed):
     for number in PATTERN_CLIMBS:
         save_picture(output / f"conv2d_{number}_filters.jpg", pattern_sheet(network, number, seed))
         pictures[f"conv2d_{number}_filters.jpg"] = f"What the filters of convolution {number} look for"
-    return "What the filters look for", "Each cell began blank and changed until its filter fired.", pictures
+    return pictures
 
 
 def draw_heatmaps(output, network, photos):
@@ -1097,18 +1097,16 @@ def draw_heatmaps(output, network, photos):
         pictures[f"heatmap_{number}.jpg"] = f"Heatmap {number} as its raw grid of scores"
     save_picture(output / "CAM_layers.jpg", layer_panels(network, photos[0]))
     pictures["CAM_layers.jpg"] = f"{photos[0].name} through all blocks of the network"
-    text = "Grad-CAM marks what speaks for a class; each title tells how far the probability falls without it."
-    return "Where the network looks", text, pictures
+    return pictures
 
 
 def draw_mistakes(output, network, photos, confusions, class_names):
     save_picture(output / "CAM_mistakes.jpg", mistake_panels(network, photos))
     save_confusion_matrix(output / "confusion_matrix.png", confusions, class_names)
-    pictures = {
+    return {
         "CAM_mistakes.jpg": "Evidence for the class that it leans to, for the true class, and their difference",
         "confusion_matrix.png": "How often each true class (row) is taken for each class (column)",
     }
-    return "What it gets wrong", most_confused(confusions, class_names), pictures
 
 
 def draw_strip(output, network, explained):
@@ -1118,17 +1116,7 @@ def draw_strip(output, network, explained):
     heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
     marked = overlay(view, on_photo(network, HEATMAP_LAYER, heatmap, view.shape[:2]), heatmap.max())
     save_picture(output / "strip.jpg", tile(np.stack([view, *corners, marked]), 4, gap=6))
-    return (
-        "At a glance",
-        "",
-        {"strip.jpg": "A photo, what a layer answers, what filters look for, where the network looks"},
-    )
-
-
-def draw_curves(output, record):
-    save_training_curves(output / "training_curves.png", record["history"], record["settings"]["phases"])
-    text = "The epoch with the lowest validation loss is the one that is kept, tested and drawn."
-    return "How it learnt", text, {"training_curves.png": "Loss and accuracy after each epoch"}
+    return {"strip.jpg": "A photo, what a layer answers, what filters look for, where the network looks"}
 
 
 GALLERY_STYLE = """
@@ -1138,28 +1126,41 @@ h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 figcaption { color: var(--quiet); overflow-wrap: anywhere; }
 pre { overflow-x: auto; padding: 0.8rem; border: 1px solid var(--line); border-radius: 6px; }
-table { display: block; overflow-x: auto; }
-th, td { padding: 0.1rem 1.5rem 0.1rem 0; text-align: left; font-weight: normal; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: 10rem 1fr; margin: 0.2rem 0; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
+def gallery_section(heading, text="", pictures=None, table=None):
+    """A part of the page: its pictures {file: caption}, each a link to itself, and its table {name: value}."""
+    parts = [f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>"]
+    for file, caption in (pictures or {}).items():
+        caption = html.escape(caption)
+        image = f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a>'
+        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    for name, value in (table or {}).items():
+        parts.append(f"<dl><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></dl>")
+    return "\n".join(parts)
+
+
 def gallery_page(sections, command):
-    """One offline HTML page; sections: [(heading, text, {file: caption}, {name: value})]."""
-    title, escape = "What a convolutional network sees", lambda value: html.escape(str(value))
-    parts = [f"<h1>{title}</h1>"]
-    for heading, text, pictures, table in sections:
-        parts.append(f"<h2>{escape(heading)}</h2>\n<p>{escape(text)}</p>")
-        for file, caption in pictures.items():
-            image = f'<a href="{file}"><img src="{file}" alt="{escape(caption)}" loading="lazy"></a>'
-            parts.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
-        rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in table.items())
-        parts.append(f"<table>{''.join(rows)}</table>")
-    parts.append(f"<h2>The command</h2>\n<pre>{escape(command)}</pre>")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{GALLERY_STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
+    """One HTML page that needs nothing from elsewhere."""
+    sections = "\n".join(sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>What a convolutional network sees</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{GALLERY_STYLE}</style>
+</head>
+<body>
+<h1>What a convolutional network sees</h1>
+{sections}
+<h2>The command</h2>
+<pre>{html.escape(command)}</pre>
+</body>
+</html>
+"""
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -1178,30 +1179,22 @@ def parse_options():
     add("--skip-training", action="store_true", help="draw from the network in --model")
     add("--photos", type=Path, nargs="+", metavar="PHOTO", help="own photos to explain; the first feeds the grids")
     add("--weights", default="imagenet", metavar="START", help="imagenet, none (from scratch), weights or model file")
-    add("--epochs", type=number(int, 1), default=10, metavar="N", help="epochs of all phases together")
-    add("--batch-size", type=number(int, 1), default=32, metavar="N", help="photos in a step")
-    add("--image-size", type=number(int, 75), default=299, metavar="N", help="side of the network's square input")
+    add("--epochs", type=int, default=10, metavar="N", help="epochs of all phases together")
+    add("--batch-size", type=int, default=32, metavar="N", help="photos in a step")
+    add("--image-size", type=int, default=299, metavar="N", help="side of the network's square input")
     add("--freeze-below", default="mixed7", choices=blocks, metavar="BLOCK", help="fine-tune from it up; none: all")
-    add("--learning-rate", type=number(float, 1e-9), metavar="RATE", help="peak; else 2e-4, from scratch 5e-4")
+    add("--learning-rate", type=float, metavar="RATE", help="peak; else 2e-4, from scratch 5e-4")
     add("--mixed-precision", action="store_true", help="compute in half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--seed", type=number(int, 0), default=0, metavar="N", help="same seed, same result")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same result")
     options = parser.parse_args()
+    for name, least in {"epochs": 1, "batch_size": 1, "image_size": 75, "seed": 0, "learning_rate": 1e-9}.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"argument --{name.replace('_', '-')}: must be {least} or more, not {value}")
     if options.model.suffix != ".keras":
-        parser.error(f"--model {options.model}: the name must end in .keras")
+        parser.error(f"argument --model: the name must end in .keras, not {options.model}")
     return options
-
-
-def number(kind, least):
-    """An argparse type: a finite number of this kind, not below least."""
-
-    def parse(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {text}")
-        return kind(text)
-
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
 
 
 def require_writable(folder):
@@ -1251,37 +1244,35 @@ def train_and_save(options, splits, backup_folder):
 
 def draw_all(options, network, test, probabilities, record):
     """Writes all pictures and the page that shows them; returns the path of the page."""
-    class_names, confusions = list(test.class_indices), confusion_matrix(probabilities, test.classes)
-    telling = telling_photos(probabilities, test.classes)[:4]
+    names, confusions = list(test.class_indices), confusion_matrix(probabilities, test.classes)
     chosen = [
-        explain_photo(network, test.filepaths[k], test.filenames[k], class_names, true=test.classes[k]) for k in telling
+        explain_photo(network, test.filepaths[k], test.filenames[k], names, true=test.classes[k])
+        for k in telling_photos(probabilities, test.classes)[:4]
     ]
-    explained = [explain_photo(network, path, path.name, class_names) for path in options.photos or []] or chosen[:3]
-    options.output.mkdir(parents=True, exist_ok=True)
-    stories = []
-    for draw, *arguments in (
-        (draw_grids, network, explained[0]),
-        (draw_patterns, network, options.seed),
-        (draw_heatmaps, network, explained),
-        (draw_mistakes, network, chosen[1:], confusions, class_names),
-        *([(draw_curves, record)] if record else []),
-        (draw_strip, network, explained[0]),
-    ):
-        stories.append(draw(options.output, *arguments))
-        print(f"{stories[-1][0]}: {', '.join(stories[-1][2])}", flush=True)
-    taken_for = sorted(zip(explained[0].probabilities, class_names, strict=True), reverse=True)
-    *stories, at_a_glance = stories
-    sections = [
-        (*at_a_glance, {}),
-        (f"What it takes {explained[0].name} for", "", {}, {name: f"{share:.3f}" for share, name in taken_for}),
-        *((*story, {}) for story in stories),
-        ("How well it does on the test photos", "", {}, loss_and_accuracy(probabilities, test.classes)),
-        ("Settings", "", {}, record["settings"] if record else {}),
-    ]
+    explained = [explain_photo(network, path, path.name, names) for path in options.photos or []] or chosen[:3]
+    output, first = options.output, explained[0]
+    output.mkdir(parents=True, exist_ok=True)
+    taken_for = sorted(zip(first.probabilities, names, strict=True), reverse=True)
+    sections = [gallery_section(f"What it takes {first.name} for", table={k: f"{share:.3f}" for share, k in taken_for})]
+    text = "Each cell is the answer of one filter to the photo, ever coarser."
+    sections.append(gallery_section("What the layers answer", text, draw_grids(output, network, first)))
+    text = "Each cell began blank and changed until its filter fired."
+    sections.append(gallery_section("What the filters look for", text, draw_patterns(output, network, options.seed)))
+    text = "Grad-CAM marks what speaks for a class; each title tells how far the probability falls without it."
+    sections.append(gallery_section("Where the network looks", text, draw_heatmaps(output, network, explained)))
+    pictures = draw_mistakes(output, network, chosen[1:], confusions, names)
+    sections.append(gallery_section("What it gets wrong", most_confused(confusions, names), pictures))
+    figures = loss_and_accuracy(probabilities, test.classes)
+    sections.append(gallery_section("How well it does on the test photos", table=figures))
+    if record:
+        save_training_curves(output / "training_curves.png", record["history"], record["settings"]["phases"])
+        pictures = {"training_curves.png": "Loss and accuracy after each epoch; the red one is kept, tested and drawn"}
+        sections.append(gallery_section("How it learnt", "", pictures, record["settings"]))
+    sections.insert(0, gallery_section("At a glance", pictures=draw_strip(output, network, first)))
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    with replace_when_whole(options.output / "index.html") as partial:
+    with replace_when_whole(output / "index.html") as partial:
         partial.write_text(gallery_page(sections, command), "utf-8")
-    return options.output / "index.html"
+    return output / "index.html"
 
 
 def main():

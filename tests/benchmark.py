@@ -135,7 +135,7 @@ class Bench:
 
     def test_photos(self, count, size):
         """(count, size, size, 3) uint8, spread over the classes."""
-        files = study.open_split(self.data, "test", size, 1, seed=0).filepaths
+        files = study.open_splits(self.data, ["test"], size, 1, seed=0)["test"].filepaths
         chosen = np.linspace(0, len(files) - 1, count).round().astype(int)
         return np.stack([study.network_input(files[k], size) for k in chosen])
 
@@ -250,8 +250,7 @@ def training_run(batch, class_count, steps):
 
 def compare_pipeline(bench):
     """Training on the folders, as the script does it, against training on one batch that is never read again."""
-    photos = study.open_split(bench.data, "train", bench.size, bench.batch_size, seed=0)
-    photos.check_photos("Checking train")
+    photos = study.open_splits(bench.data, ["train"], bench.size, bench.batch_size, seed=0)["train"]
     steps = min(bench.steps, photos.n // photos.batch_size)
     from_memory, network = training_run(photos[0], photos.num_classes, steps)
     from_folders = partial(network.fit, photos, steps_per_epoch=steps, shuffle=False, verbose=0)
@@ -611,7 +610,7 @@ def measure_trust(bench):
         bench.row("Trust in heatmaps", "not measured", "needs a trained network: --model FILE")
         return
     network = bench.network()
-    test = study.open_split(bench.data, "test", network.input_shape[1], 1, seed=0)
+    test = study.open_splits(bench.data, ["test"], network.input_shape[1], 1, seed=0)["test"]
     photos = [study.network_input(path, test.target_size[0]) for path in test.filepaths]
     (grad_cam, blob, random), count = mean_falls(network, photos, test.classes)
     what = f"Mean fall of the true class's probability without the fifth marked, {count} of {test.n} test photos"

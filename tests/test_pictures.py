@@ -115,7 +115,7 @@ def test_the_most_marked_fifth_and_the_centred_fifth_are_fifths():
 def test_the_heatmap_of_a_trained_network_lies_on_the_flower(tmp_path):
     keras.utils.set_random_seed(0)
     write_flowers(tmp_path / "train", CLASSES, 100, size=64)
-    photos = study.open_split(tmp_path, "train", 64, 20, 0)
+    photos = study.open_splits(tmp_path, ["train"], 64, 20, 0)["train"]
     network = small_network(64, channels=16)
     network.compile(keras.optimizers.Adam(3e-3), loss="categorical_crossentropy")
     network.fit(photos, epochs=12, verbose=0)

@@ -56,7 +56,7 @@ def test_the_warp_gives_the_same_picture_as_the_stock_generator(fill_mode):
 
 
 def batches(folder, workers, epochs=1, seed=3):
-    photos = study.open_split(folder, "train", 48, 5, seed)
+    photos = study.open_splits(folder, ["train"], 48, 5, seed)["train"]
     photos.workers = workers
     seen = []
     model = keras.Sequential([keras.Input((48, 48, 3)), layers.Flatten(), layers.Dense(3, activation="softmax")])
@@ -352,16 +352,17 @@ def test_a_photo_that_is_cut_off_is_named_before_training(split_flowers, tmp_pat
 
 def test_networks_that_cannot_be_drawn_from_are_refused_with_what_they_lack(inception, tmp_path):
     network, _ = inception
-    assert study.what_network_lacks(network, 3) == []
-    assert "4 classes" in study.what_network_lacks(network, 4)[0]
-    assert "94 convolutions" in study.what_network_lacks(small_network(), 3)[0]
+    assert study.what_network_lacks(network, 3) is None
+    assert "4 classes" in study.what_network_lacks(network, 4)
+    assert "94 convolutions" in study.what_network_lacks(small_network(), 3)
     nested = keras.Sequential([keras.Input((75, 75, 3)), network])
-    assert "flat graph" in study.what_network_lacks(nested, 3)[0]
+    assert "flat graph" in study.what_network_lacks(nested, 3)
     unscaled = keras.applications.InceptionV3(weights=None, classes=3, include_top=False, input_shape=(75, 75, 3))
     pooled = layers.GlobalAveragePooling2D()(unscaled.output)
-    unscaled = keras.Model(unscaled.input, layers.Dense(3)(pooled))
-    lacking = study.what_network_lacks(unscaled, 3)
-    assert "scaling" in lacking[0] and "softmax" in lacking[1]
+    unscaled = keras.Model(unscaled.input, layers.Dense(3, activation="softmax")(pooled))
+    assert "scaling" in study.what_network_lacks(unscaled, 3)
+    linear = keras.Model(network.input, layers.Dense(3)(network.layers[-1].input))
+    assert "softmax" in study.what_network_lacks(linear, 3)
 
 
 def test_missing_corrupt_foreign_and_unsafe_files_are_named(inception, tmp_path):
