@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -241,6 +242,33 @@ def test_resuming_with_other_settings_is_refused_naming_them(interrupted_after_4
     assert stop.value.exit_code == 2
     with pytest.raises(Stop, match="no interrupted run"):
         study.EpochBackup(tmp_path, {"seed": 5}).resume(small_network())
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+import model_training_and_visualization as study
+from test_training import train_small
+write_json = study.write_json
+def killed_in_epoch_4(path, state):  # its weights are written, but do not count yet
+    if len(state["history"]["loss"]) == 4:
+        os.kill(os.getpid(), {signal})
+    write_json(path, state)
+study.write_json = killed_in_epoch_4
+study.run(lambda: train_small(Path({data!r}), Path({backup!r})))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(("kind", "exit_code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_killed_while_it_writes_its_backup_is_resumed_with_every_epoch_once(
+    split_flowers, tmp_path, uninterrupted, kind, exit_code
+):
+    run = run_code(KILLED.replace("{signal}", str(int(signal.Signals[kind]))), data=split_flowers, backup=tmp_path)
+    assert run.returncode == exit_code, run.stderr
+    assert len(json.loads((tmp_path / "state.json").read_text())["history"]["loss"]) == 3
+    assert_same_run(train_small(split_flowers, tmp_path, resume=True), uninterrupted)
 
 
 FULL_DISK = """
