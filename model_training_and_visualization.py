@@ -1111,8 +1111,10 @@ def draw_mistakes(output, network, photos, confusions, class_names):
 
 def draw_strip(output, network, explained):
     """The run at a glance, cut in part from the sheets that stand in the folder."""
-    view, sheets = resize_photo(explained.photo, 400), ("activation_4_grid.jpg", "conv2d_40_filters.jpg")
-    corners = [np.asarray(Image.open(output / sheet))[-400:, :400] for sheet in sheets]
+    grid, patterns = GRID_CONVOLUTIONS[len(GRID_CONVOLUTIONS) // 2], min(PATTERN_CLIMBS)
+    sheets = (output / f"activation_{grid}_grid.jpg", output / f"conv2d_{patterns}_filters.jpg")
+    corners = [resize_photo(np.asarray(Image.open(sheet))[-400:, :400], 400) for sheet in sheets]
+    view = resize_photo(explained.photo, 400)
     heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
     marked = overlay(view, on_photo(network, HEATMAP_LAYER, heatmap, view.shape[:2]), heatmap.max())
     save_picture(output / "strip.jpg", tile(np.stack([view, *corners, marked]), 4, gap=6))
