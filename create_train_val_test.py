@@ -419,23 +419,27 @@ RESULTS = (*SPLITS, "split.csv")
 @contextlib.contextmanager
 def only_run_in(folder):
     """Make the folder and keep other runs out of it; the system lets go of the lock however this run ends."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made, lock = [path for path in (folder, *folder.parents) if not path.exists()], folder / ".split.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.name == "nt":
-            lock = os.open(folder / ".split.lock", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
         else:
             import fcntl
 
-            lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = os.open(lock, os.O_CREAT | os.O_RDWR)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not (lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())):
+                raise BlockingIOError  # the run that held it has just deleted it
     except (BlockingIOError, FileExistsError, NotADirectoryError) as error:
         reason = "another run is writing there.\nWait for its end" if folder.is_dir() else "is no folder.\nName one"
         raise Stop(f"{shown(folder)}: {reason}, or choose another --output.") from error
     try:
         yield
     finally:
-        os.close(lock)
+        if os.name != "nt":
+            lock.unlink(missing_ok=True)
+        os.close(handle)
         with contextlib.suppress(OSError):  # no folder is left behind by a run that came to nothing
             for path in made:
                 path.rmdir()
@@ -502,7 +506,6 @@ def parse_options():
 
 def refuse_overlap(source, classes, output):
     """Raise Stop if the splits would land among the source's photos or take their place."""
-
     taken = [(output / split).resolve() for split in SPLITS]
     if output.resolve().is_relative_to(source.resolve()):
         raise Stop(f"{shown(output)}: lies in the source {shown(source)}.\nName a folder outside it with --output.")
