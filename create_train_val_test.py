@@ -47,9 +47,7 @@ from PIL import Image, ImageOps
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
 # What may be inside, whatever the suffix says: web photos often carry a wrong one. Nothing that starts another program.
 PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-# Pillow's own limit against files that unpack to more than the memory holds; about 9,500 × 9,500.
-MAX_PIXELS = 89_000_000
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+Image.MAX_IMAGE_PIXELS = 45_000_000  # Pillow refuses twice as many: small files can unpack to more than memory holds
 
 
 class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
@@ -61,7 +59,7 @@ class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
 
 
 def run(main):
-    """Call main() and end the process: exit code 0 done, 1 I/O failure, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    """Call main(); end the process with exit code 1 on I/O failure, 2 on bad input, 130 on Ctrl-C, 143 on SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds as Ctrl-C does: what is half written is removed
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal cannot show
@@ -69,7 +67,7 @@ def run(main):
     try:
         main()
         sys.stdout.flush()
-        sys.exit(0)
+        return
     except Stop as stop:
         message, exit_code = str(stop), stop.exit_code
     except KeyboardInterrupt:
@@ -115,19 +113,18 @@ def read_bytes(path):
     """The bytes of a regular file. Raises Stop for all else; a FIFO would keep its reader waiting for ever."""
     path = Path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise Stop(f"{shown(path)}: is a folder or a device, not a photo")
-        return path.read_bytes()
+        if stat.S_ISREG(path.stat().st_mode):
+            return path.read_bytes()
+        reason = "is a folder or a device, not a photo"
     except OSError as error:
-        raise Stop(f"{shown(path)}: {'is a broken link' if path.is_symlink() else error.strerror}") from error
+        reason = "is a broken link" if path.is_symlink() else error.strerror
+    raise Stop(f"{shown(path)}: {reason}")
 
 
 def decode_photo(data, path, at_least=None, mode="RGB"):
     """Decode the bytes of the photo at `path` to a Pillow image of mode RGB or L (grey); see read_photo."""
     try:
         with Image.open(io.BytesIO(data), formats=PHOTO_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
             if at_least:
                 image.draft(mode, (at_least, at_least))
             image.load()
@@ -135,7 +132,7 @@ def decode_photo(data, path, at_least=None, mode="RGB"):
                 ImageOps.exif_transpose(image, in_place=True)
             return convert(image, mode)
     except Image.DecompressionBombError:
-        reason = f"is too large, over {MAX_PIXELS:,} pixels"
+        reason = f"is too large, over {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
     except Image.UnidentifiedImageError:
         reason = "is no image that can be read" if data else "is empty"
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
@@ -156,37 +153,28 @@ def convert(image, mode):
 
 
 def decode_photos(paths, function, description, pool=None):
-    """Yield function(path) for every path, in order, from threads on all cores (or the pool), beside a progress bar.
-
-    What the function raises is yielded in its place, so that one bad photo does not end the run.
-    """
+    """Yield function(path) for every path, in order, from threads on all cores or the pool; raise what it raises."""
     paths, pool = list(paths), pool or ThreadPoolExecutor(cores())
     try:
         with interrupts_held():  # one that came while processes are forked would be lost
-            results = pool.map(partial(attempt, function), paths, chunksize=16)
+            results = pool.map(function, paths, chunksize=16)
         yield from progress(results, description, len(paths))
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
 
 
-def attempt(function, path):
-    """What function(path) returns or raises."""
-    try:
-        return function(path)
-    except Exception as error:
-        return error
-
-
 @contextlib.contextmanager
 def interrupts_held():
-    """Keep Ctrl-C and SIGTERM waiting until the block has ended; Windows cannot."""
-    if os.name != "nt":
-        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    """Keep Ctrl-C and SIGTERM waiting until the block has ended. For the main thread, as all signals."""
+    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
     try:
         yield
     finally:
-        if os.name != "nt":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def cores():
@@ -198,14 +186,17 @@ def cores():
 def replace_when_whole(path):
     """Yield a temporary path beside `path` to write to; it takes the place of `path` only when the block succeeds.
 
-    Its name keeps all suffixes, as Keras goes by them, and holds the process id, so that the next write can clear it if
-    that process was killed.
+    Its name keeps all suffixes, as Keras goes by them, and tells the process, so that the next one can clear up.
     """
     path = Path(path)
     for left_behind in path.parent.glob(f".partial[0-9]*-{glob.escape(path.name)}"):
-        with contextlib.suppress(PermissionError):  # how Windows protects a file that is being written
-            if not is_running(int(left_behind.name.removeprefix(".partial").split("-")[0])):
-                left_behind.unlink(missing_ok=True)
+        process_id = int(left_behind.name.removeprefix(".partial").split("-")[0])
+        with contextlib.suppress(PermissionError):  # another user is writing it, or somebody on Windows
+            with contextlib.suppress(ProcessLookupError):
+                if os.name != "nt":  # where the question would end the process
+                    os.kill(process_id, 0)
+                    continue
+            left_behind.unlink(missing_ok=True)
     partial_path = path.with_name(f".partial{os.getpid()}-{path.name}")
     try:
         yield partial_path
@@ -217,18 +208,10 @@ def replace_when_whole(path):
         partial_path.unlink(missing_ok=True)
 
 
-def is_running(process_id):
-    """Whether a process of this id exists; always False on Windows, where the question itself would end it."""
-    try:
-        return os.name != "nt" and os.kill(process_id, 0) is None
-    except OSError as error:
-        return isinstance(error, PermissionError)  # it runs, under another user
-
-
 def class_folders(folder):
     """The sorted names of the visible folders in `folder`: its classes."""
-    folders = sorted(entry.name for entry in Path(folder).iterdir() if entry.is_dir())
-    return [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return [name for name in names if not name.startswith(".") and name != "__MACOSX"]
 
 
 # ---- The files of SOURCE ---------------------------------------------------------------------------------------------
@@ -241,14 +224,13 @@ LAYOUT = "SOURCE is a folder that holds one folder of photos for each class, suc
 class Photo:
     """A file seen in SOURCE: a row of split.csv, and the thumbnail that copies are found by."""
 
-    path: Path
-    source: str  # relative to SOURCE, with forward slashes
+    source: str  # its path below SOURCE, with forward slashes
     class_name: str = ""
     split: str = "skipped"
     sha256: str = ""
     group: int | str = ""
     note: str = ""  # why it is skipped; of a photo in a group, the label conflict
-    thumbnail: np.ndarray | None = None  # (32, 36) uint8, grey
+    thumbnail: bytes = b""  # 32 rows of 36 grey pixels
 
 
 def list_files(source):
@@ -260,58 +242,52 @@ def list_files(source):
         # The Kaggle download once held the whole set a second time, as flowers/flowers.
         nested = [name for name in folders if len(folders.keys() & folders[name]) >= 2]
         classes = [name for name in folders if name not in nested]
-        if len(classes) < 2:
-            deeper = [
-                f"The classes lie deeper: try {shown(source / name)}" for name in folders if len(folders[name]) > 1
-            ]
-            raise Stop(f"{shown(source)}: two classes are needed, {len(classes)} found.\n{[*deeper, LAYOUT][0]}")
-        beside = [path for path in sorted(source.iterdir()) if path.name not in classes]
-        notes = dict.fromkeys(nested, "is a nested copy of the whole set")
-        photos = [Photo(path, path.name, note=notes.get(path.name, "lies beside the class folders")) for path in beside]
+        photos = [Photo(path.name) for path in sorted(source.iterdir()) if path.name not in classes]
+        for photo in photos:
+            photo.note = "is a nested copy of the whole set" if photo.source in nested else "lies beside the classes"
         for name in classes:
-            photos += [Photo(path, f"{name}/{path.name}", name) for path in sorted((source / name).iterdir())]
+            photos += [
+                Photo(f"{name}/{file}", name) for file in sorted(entry.name for entry in os.scandir(source / name))
+            ]
     except PermissionError as error:
         raise Stop(f"{shown(error.filename)}: cannot be read.\nGive yourself the right to read it.") from error
+    if len(classes) < 2:
+        remedy = next((f"Try {shown(source / name)}." for name in folders if len(folders[name]) >= 2), LAYOUT)
+        raise Stop(f"{shown(source)}: two classes are needed, {len(classes)} found.\n{remedy}")
     return classes, photos
 
 
-def examine(photo, folder, link):
-    """Read, hash and fully decode a photo and put those very bytes into `folder`, or note why it cannot be used."""
-    suffix = photo.path.suffix.lower()
-    if photo.path.name.startswith("."):
-        photo.note = "is a hidden file"
-    elif not photo.note and suffix not in PHOTO_SUFFIXES and not photo.path.is_dir():
-        photo.note = f"is of type {suffix or 'none'}, which Keras does not read"
-    if photo.note:
-        return photo
+def examine(name, source, folder, link):
+    """Copy source/name into `folder` if it decodes in full: its SHA-256, why it is skipped or "", its thumbnail."""
+    path, target, sha256 = source / name, folder / name, ""
     try:
-        data = read_bytes(photo.path)
-        photo.sha256 = hashlib.sha256(data).hexdigest()
-        grey = decode_photo(data, photo.path, at_least=2 * max(THUMBNAIL), mode="L")
+        if path.name.startswith("."):
+            raise Stop("is a hidden file")
+        if path.suffix.lower() not in PHOTO_SUFFIXES and not path.is_dir():
+            raise Stop(f"is of type {path.suffix or 'none'}, which Keras does not read")
+        data = read_bytes(path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        grey = decode_photo(data, path, at_least=2 * max(THUMBNAIL), mode="L")
     except Stop as stop:
-        photo.note = str(stop).removeprefix(f"{shown(photo.path)}: ")
-        return photo
-    photo.thumbnail = np.asarray(grey.resize(THUMBNAIL, Image.Resampling.BILINEAR))
-    target, status = folder / photo.source, photo.path.stat()
+        return sha256, str(stop).removeprefix(f"{shown(path)}: "), b""
+    thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
     if link:
         with contextlib.suppress(OSError):  # another file system, or one that has no hard links
-            os.link(photo.path.resolve(), target)
-            return photo
+            os.link(path.resolve(), target)
+            return sha256, "", thumbnail
     try:
         target.write_bytes(data)
-        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
-    except OSError as error:  # a full disk is reported without a name
-        error.filename = os.fspath(target)
+        os.utime(target, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    except OSError as error:
+        error.filename = os.fspath(target)  # which a full disk does not name
         raise
-    return photo
+    return sha256, "", thumbnail
 
 
 def follow_parent():
     """Make this worker process leave Ctrl-C to its parent and end with it, even if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if os.name != "nt":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
 
@@ -328,13 +304,6 @@ MIN_EDGE = 2.0  # grey levels of 255; below, a plain picture has no edges to kno
 REACH = 64  # neighbours to compare in a crowded bucket; more would find little and cost quadratic time
 
 
-def difference_hashes(thumbnails):
-    """The 64-bit difference hashes of (n, 32, 36) grey thumbnails: 8 × 8 bits from 9 × 8 places."""
-    places = thumbnails.reshape(-1, 8, 4, 9, 4).mean((2, 4), dtype=np.float32)
-    brighter = places[:, :, 1:] > places[:, :, :-1]
-    return np.packbits(brighter.reshape(-1, 64), axis=1).view(np.uint64).ravel()
-
-
 def similar_pairs(hashes):
     """The (n, 2) index pairs of 64-bit hashes that differ in at most 6 bits; takes time linear in n.
 
@@ -345,18 +314,17 @@ def similar_pairs(hashes):
     by_value = np.argsort(hashes)  # so that the most alike are neighbours in every bucket
     hash_bytes = hashes[by_value].view(np.uint8).reshape(count, 8)
     for choice in itertools.combinations(range(8), 2):
-        buckets = hash_bytes[:, choice].astype(np.uint16) @ np.array([256, 1], np.uint16)
-        by_bucket = np.argsort(buckets, kind="stable")
-        buckets, order = buckets[by_bucket], by_value[by_bucket]
-        ordered, left = hashes[order], np.arange(count)
+        buckets = np.ascontiguousarray(hash_bytes[:, choice]).view(np.uint16).ravel()
+        order = np.argsort(buckets, kind="stable")
+        buckets, order, left = buckets[order], by_value[order], np.arange(count)
         for step in range(1, REACH + 1):
             left = left[left + step < count]
             left = left[buckets[left] == buckets[left + step]]
-            distance = np.bitwise_count(ordered[left] ^ ordered[left + step])
+            one, other = order[left], order[left + step]
+            distance = np.bitwise_count(hashes[one] ^ hashes[other])
             # Equal hashes are neighbours for every choice of bytes: once is enough.
-            near = left[(distance <= MAX_DISTANCE) & ((distance > 0) | (choice == (0, 1)))]
-            one, other = order[near], order[near + step]
-            found.append(np.minimum(one, other) * count + np.maximum(one, other))
+            near = (distance <= MAX_DISTANCE) & ((distance > 0) | (choice == (0, 1)))
+            found.append(np.minimum(one, other)[near] * count + np.maximum(one, other)[near])
     return np.stack(np.divmod(np.unique(np.concatenate(found)), max(count, 1)), axis=1)
 
 
@@ -372,7 +340,9 @@ def edges(thumbnails):
 
 def same_pictures(thumbnails):
     """Yield the index pairs of (n, 32, 36) grey thumbnails that show one picture: alike in hash and in edges."""
-    pairs = similar_pairs(difference_hashes(thumbnails))
+    places = thumbnails.reshape(-1, 8, 4, 9, 4).mean((2, 4), dtype=np.float32)
+    brighter = places[:, :, 1:] > places[:, :, :-1]
+    pairs = similar_pairs(np.packbits(brighter.reshape(-1, 64), axis=1).view(np.uint64).ravel())
     for start in range(0, len(pairs), 1024):  # the edges of all at once would fill the memory
         block = pairs[start : start + 1024]
         correlation = (edges(thumbnails[block[:, 0]]) * edges(thumbnails[block[:, 1]])).sum(1)
@@ -381,9 +351,9 @@ def same_pictures(thumbnails):
 
 def find_copies(photos):
     """Number the groups of copies among the usable photos; note a label conflict where one lies in several classes."""
+    thumbnails = np.frombuffer(b"".join(photo.thumbnail for photo in photos), np.uint8).reshape(-1, *THUMBNAIL[::-1])
     first_with, group_of = {}, {index: [index] for index in range(len(photos))}
     same_bytes = [(first_with.setdefault(photo.sha256, index), index) for index, photo in enumerate(photos)]
-    thumbnails = np.array([photo.thumbnail for photo in photos], np.uint8).reshape(-1, *THUMBNAIL[::-1])
     for one, other in itertools.chain(same_bytes, same_pictures(thumbnails)):
         if group_of[one] is not group_of[other]:
             group_of[one] += group_of[other]
@@ -402,41 +372,35 @@ def find_copies(photos):
 
 
 def split_sizes(count, val_size, test_size):
-    """How many of a class's photos each split gets, test being a share of what validation leaves."""
+    """How many of `count` photos each split gets, test being a share of what validation leaves."""
     validation = int(val_size * count)
     test = int(test_size * (count - validation))
     return {"train": count - validation - test, "validation": validation, "test": test}
 
 
-def assign_class(photos, val_size, test_size, rng):
-    """Draw the split of each photo of one class, copies together. True if every split has got a photo."""
-    groups = {}
-    for photo in photos:
-        groups.setdefault(photo.group or photo.source, []).append(photo)
-    # Groups go, largest first and else in random order, where most places are free: copies mostly into train, and
-    # single photos fill each split to exactly its size.
-    groups = sorted(rng.sample([*groups.values()], len(groups)), key=len)
-    free, empty = split_sizes(len(photos), val_size, test_size), list(SPLITS)
-    while groups:
-        split = max(empty if len(groups) <= len(empty) else SPLITS, key=free.get)
-        empty = [name for name in empty if name != split]
-        for photo in groups.pop():
-            photo.split = split
-            free[split] -= 1
-    return not empty
-
-
 def assign_splits(photos, classes, val_size, test_size, seed):
-    """Set the split of every usable photo. Raises Stop, naming the class, where one is too small."""
+    """Draw the split of every usable photo, copies together. Raises Stop, naming the class, where one is too small."""
     needed = next(count for count in itertools.count(3) if all(split_sizes(count, val_size, test_size).values()))
     for name in classes:
         members = [photo for photo in photos if photo.class_name == name]
-        usable = [photo for photo in members if not photo.note]
+        usable, groups = [photo for photo in members if not photo.note], {}
         if not usable:
-            first = f" The first, {shown(members[0].path.name)}, {members[0].note}." if members else ""
+            first = f" The first, {shown(members[0].source)}, {members[0].note}." if members else ""
             raise Stop(f"class {shown(name)}: none of its {len(members)} files is a usable photo.{first}")
+        for photo in usable:
+            groups.setdefault(photo.group or photo.source, []).append(photo)
+        # Groups go, largest first and else in random order, where most places are free: copies mostly into train, and
+        # single photos fill each split to exactly its size. The last ones go where there is nothing yet.
         rng = random.Random(f"{seed}/{name}")  # a new class leaves the splits of the others as they were
-        if len(usable) < needed or not assign_class(usable, val_size, test_size, rng):
+        groups = sorted(rng.sample([*groups.values()], len(groups)), key=len)
+        free, empty = split_sizes(len(usable), val_size, test_size), list(SPLITS)
+        while groups:
+            split = max(empty if len(groups) <= len(empty) else SPLITS, key=free.get)
+            empty = [other for other in empty if other != split]
+            for photo in groups.pop():
+                photo.split = split
+                free[split] -= 1
+        if len(usable) < needed or empty:
             raise Stop(
                 f"class {shown(name)}: has {len(usable)} usable photos, too few different ones for three splits; "
                 f"it needs {needed}.\nAdd photos to it, remove it, or choose larger --val-size and --test-size."
@@ -448,14 +412,14 @@ def assign_splits(photos, classes, val_size, test_size, seed):
 # counts: a run killed before has changed nothing, and after it the next run moves the rest into place. All old folders
 # leave before the first new one comes, so that old and new never stand side by side.
 
-BUILDING, READY, LOCK = ".split.building", ".split.ready", ".split.lock"
+BUILDING, READY = ".split.building", ".split.ready"
 RESULTS = (*SPLITS, "split.csv")
 
 
 @contextlib.contextmanager
 def only_run_in(folder):
     """Make the folder and keep other runs out of it; the system lets go of the lock however this run ends."""
-    made, lock = [path for path in (folder, *folder.parents) if not path.exists()], folder / LOCK
+    made, lock = [path for path in (folder, *folder.parents) if not path.exists()], folder / ".split.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.name == "nt":
@@ -468,9 +432,8 @@ def only_run_in(folder):
             if not (lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())):
                 raise BlockingIOError  # the run that held it has just deleted it
     except (BlockingIOError, FileExistsError, NotADirectoryError) as error:
-        if not folder.is_dir():
-            raise Stop(f"{shown(folder)}: is a file.\nName a folder with --output.") from error
-        raise Stop(f"{shown(folder)}: another run is writing there.\nWait for its end.") from error
+        reason = "another run is writing there.\nWait for its end" if folder.is_dir() else "is no folder.\nName one"
+        raise Stop(f"{shown(folder)}: {reason}, or choose another --output.") from error
     try:
         yield
     finally:
@@ -482,19 +445,18 @@ def only_run_in(folder):
                 path.rmdir()
 
 
-def build(photos, classes, building, arguments):
+def build(source, photos, classes, building, arguments):
     """Make the three folders and split.csv in `building`. All photos start in train, where most of them will stay."""
     for split, name in itertools.product(SPLITS, classes):
         (building / split / name).mkdir(parents=True)
-    train = building / "train"
+    listed, train = [photo for photo in photos if not photo.note], building / "train"
     # Processes, as Pillow's part in Python would make threads wait for each other.
-    pool = ProcessPoolExecutor(min(cores(), 16), initializer=follow_parent)
-    work = decode_photos(photos, partial(examine, folder=train, link=arguments.link), "Checking and copying", pool)
+    pool = ProcessPoolExecutor(min(cores(), 61), initializer=follow_parent)
+    check = partial(examine, source=source, folder=train, link=arguments.link)
+    work = decode_photos([photo.source for photo in listed], check, "Checking and copying", pool)
     with contextlib.closing(work):  # whatever happens, its workers have ended when the folder is cleared away
-        for index, photo in enumerate(work):
-            if isinstance(photo, Exception):
-                raise photo
-            photos[index] = photo
+        for photo, result in zip(listed, work, strict=True):
+            photo.sha256, photo.note, photo.thumbnail = result
     find_copies([photo for photo in photos if not photo.note])
     assign_splits(photos, classes, arguments.val_size, arguments.test_size, arguments.seed)
     for photo in photos:
@@ -503,9 +465,9 @@ def build(photos, classes, building, arguments):
         elif photo.split in ("validation", "test"):
             (train / photo.source).rename(building / photo.split / photo.source)
     with (building / "split.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        columns = ("source", "class_name", "split", "sha256", "group", "note")
-        csv.writer(file).writerow(column.removesuffix("_name") for column in columns)
-        csv.writer(file).writerows([getattr(photo, column) for column in columns] for photo in photos)
+        writer = csv.writer(file)
+        writer.writerow(("source", "class", "split", "sha256", "group", "note"))
+        writer.writerows((it.source, it.class_name, it.split, it.sha256, it.group, it.note) for it in photos)
 
 
 def move_into_place(output):
@@ -544,38 +506,29 @@ def parse_options():
 
 def refuse_overlap(source, classes, output):
     """Raise Stop if the splits would land among the source's photos or take their place."""
-
-    def inside(path, folder):
-        parts = [part for part in (path.resolve(), *path.resolve().parents) if part.exists()]
-        return folder.exists() and any(part.samefile(folder) for part in parts)
-
-    if inside(output, source):
+    taken = [(output / split).resolve() for split in SPLITS]
+    if output.resolve().is_relative_to(source.resolve()):
         raise Stop(f"{shown(output)}: lies in the source {shown(source)}.\nName a folder outside it with --output.")
-    for split, folder in itertools.product(SPLITS, [source, *(source / name for name in classes)]):
-        if inside(folder, output / split):
+    for folder in (source, *(source / name for name in classes)):
+        if any(folder.resolve().is_relative_to(split) for split in taken):
             raise Stop(f"{shown(folder)}: is itself part of the split in {shown(output)}.\nSplit the original photos.")
 
 
 def report(photos, classes):
     """Print what was left out and why, at most eight lines of each kind, and the table of counts."""
-    conflicts = {photo.group: f"{photo.source}: {photo.note}" for photo in photos if photo.note and photo.group}
-    skipped = [f"{photo.source}: {photo.note}" for photo in photos if photo.note and not photo.group]
-    for title, lines in (("Skipped", skipped), ("Label conflicts, left out", [*conflicts.values()])):
-        if lines:
-            more = [f"and {len(lines) - 8} more, all in split.csv"] if len(lines) > 8 else []
-            print(f"{title}: {len(lines)}", *map(shown, lines[:8] + more), sep="\n  ")
-    columns, names = (
-        (*SPLITS, "skipped", "conflicts", "groups"),
-        {name: shown(name) for name in classes} | {"": "beside"},
-    )
-    width = max(map(len, names.values()))
+    conflicts = {photo.group: photo for photo in photos if photo.note and photo.group}
+    skipped = [photo for photo in photos if photo.note and not photo.group]
+    for title, left_out in (("Skipped", skipped), ("Label conflicts, left out", [*conflicts.values()])):
+        if left_out:
+            lines = (shown(f"{photo.source}: {photo.note}") for photo in left_out[:8])
+            print(f"{title}: {len(left_out)} (see split.csv)", *lines, sep="\n  ")
+    columns, width = (*SPLITS, "skipped", "conflicts", "groups"), max(len(shown(name)) for name in classes)
     print(" " * width, *(f"{column:>10}" for column in columns))
-    for name, label in names.items():
+    for name in classes:
         members = [photo for photo in photos if photo.class_name == name]
         counts = Counter("conflicts" if photo.group and photo.note else photo.split for photo in members)
         counts["groups"] = len({photo.group for photo in members if photo.group})
-        if members:
-            print(f"{label:{width}}", *(f"{counts[column]:>10}" for column in columns))
+        print(f"{shown(name):{width}}", *(f"{counts[column]:>10}" for column in columns))
 
 
 def main():
@@ -592,7 +545,7 @@ def main():
         if present and not arguments.overwrite:
             raise Stop(f"{shown(output)}: already holds {', '.join(present)}.\n--overwrite replaces them as a whole.")
         try:
-            build(photos, classes, building, arguments)
+            build(source, photos, classes, building, arguments)
             with interrupts_held():
                 building.rename(output / READY)
                 move_into_place(output)
@@ -600,7 +553,7 @@ def main():
             shutil.rmtree(building, ignore_errors=True)
     report(photos, classes)
     used = [photo for photo in photos if arguments.link and photo.split != "skipped"]
-    copied = [photo for photo in used if not (output / photo.split / photo.source).samefile(photo.path)]
+    copied = [photo for photo in used if not (output / photo.split / photo.source).samefile(source / photo.source)]
     if copied:
         print(f"{len(copied)} photos were copied, as {shown(output)} cannot hold hard links to them.")
     print(f"Next: python model_training_and_visualization.py --data {shown(output)}")
