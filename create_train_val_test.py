@@ -47,7 +47,7 @@ from PIL import Image, ImageOps
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
 # What may be inside, whatever the suffix says: web photos often carry a wrong one. Nothing that starts another program.
 PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-Image.MAX_IMAGE_PIXELS = 45_000_000  # Pillow refuses twice as many: small files can unpack to more than memory holds
+MAX_PIXELS = 90_000_000  # small files can unpack to more than the memory holds
 
 
 class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
@@ -125,6 +125,8 @@ def decode_photo(data, path, at_least=None, mode="RGB"):
     """Decode the bytes of the photo at `path` to a Pillow image of mode RGB or L (grey); see read_photo."""
     try:
         with Image.open(io.BytesIO(data), formats=PHOTO_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             if at_least:
                 image.draft(mode, (at_least, at_least))
             image.load()
@@ -132,7 +134,7 @@ def decode_photo(data, path, at_least=None, mode="RGB"):
                 ImageOps.exif_transpose(image, in_place=True)
             return convert(image, mode)
     except Image.DecompressionBombError:
-        reason = f"is too large, over {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        reason = f"is too large, over {MAX_PIXELS:,} pixels"
     except Image.UnidentifiedImageError:
         reason = "is no image that can be read" if data else "is empty"
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
@@ -506,11 +508,15 @@ def parse_options():
 
 def refuse_overlap(source, classes, output):
     """Raise Stop if the splits would land among the source's photos or take their place."""
-    taken = [(output / split).resolve() for split in SPLITS]
-    if output.resolve().is_relative_to(source.resolve()):
+
+    def inside(path, folder):  # compared as files, as some systems take "Flowers" for "flowers"
+        parts = [part for part in (path.resolve(), *path.resolve().parents) if part.exists()]
+        return folder.exists() and any(part.samefile(folder) for part in parts)
+
+    if inside(output, source):
         raise Stop(f"{shown(output)}: lies in the source {shown(source)}.\nName a folder outside it with --output.")
     for folder in (source, *(source / name for name in classes)):
-        if any(folder.resolve().is_relative_to(split) for split in taken):
+        if any(inside(folder, output / split) for split in SPLITS):
             raise Stop(f"{shown(folder)}: is itself part of the split in {shown(output)}.\nSplit the original photos.")
 
 

@@ -134,8 +134,6 @@ class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
         """Decodes each photo, in parallel, and keeps what fits into memory. Raises Stop naming the first bad one."""
         decode, description = partial(network_input, size=self.target_size[0]), f"Checking {Path(self.directory).name}"
         for number, photo in enumerate(decode_photos(self.filepaths, decode, description)):
-            if isinstance(photo, Exception):
-                raise photo
             if photo.nbytes * (number + 1) <= PHOTO_MEMORY:
                 self.kept[number] = photo
 
