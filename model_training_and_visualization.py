@@ -348,7 +348,11 @@ def compile_for(network, phase, steps_per_epoch):
             0.0, max(1, steps - warm_up), warmup_target=rate, warmup_steps=warm_up
         )
     network.compile(keras.optimizers.Adam(rate), loss="categorical_crossentropy", metrics=["accuracy"])
-    network.optimizer.build(network.trainable_variables)  # now, or TensorFlow traces the first step twice
+    # Optimizer and metrics make their variables now: made in the first step, they would have it traced twice.
+    network.optimizer.build(network.trainable_variables)
+    nothing = np.zeros((1, *network.output_shape[1:]), "float32")
+    network.compute_metrics(None, nothing, nothing)
+    network.reset_metrics()
 
 
 class EpochBar(keras.callbacks.Callback):

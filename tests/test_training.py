@@ -244,19 +244,25 @@ def test_resuming_with_other_settings_is_refused_naming_them(interrupted_after_4
         study.EpochBackup(tmp_path, {"seed": 5}).resume(small_network())
 
 
+def train_until_a_signal(folder, backup_folder, kind):
+    """Sends the signal in the fourth epoch, whose weights are written but do not count yet."""
+    write_json = study.write_json
+
+    def interrupted(path, state):
+        if len(state["history"]["loss"]) == 4:
+            os.kill(os.getpid(), signal.Signals[kind])
+        write_json(path, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "write_json", interrupted)
+        study.run(lambda: train_small(Path(folder), Path(backup_folder)))
+
+
 KILLED = """
-import os, sys
+import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-import model_training_and_visualization as study
-from test_training import train_small
-write_json = study.write_json
-def killed_in_epoch_4(path, state):  # its weights are written, but do not count yet
-    if len(state["history"]["loss"]) == 4:
-        os.kill(os.getpid(), {signal})
-    write_json(path, state)
-study.write_json = killed_in_epoch_4
-study.run(lambda: train_small(Path({data!r}), Path({backup!r})))
+from test_training import train_until_a_signal
+train_until_a_signal({data!r}, {backup!r}, "SIGKILL")
 """
 
 
@@ -265,8 +271,14 @@ study.run(lambda: train_small(Path({data!r}), Path({backup!r})))
 def test_a_run_killed_while_it_writes_its_backup_is_resumed_with_every_epoch_once(
     split_flowers, tmp_path, uninterrupted, kind, exit_code
 ):
-    run = run_code(KILLED.replace("{signal}", str(int(signal.Signals[kind]))), data=split_flowers, backup=tmp_path)
-    assert run.returncode == exit_code, run.stderr
+    if kind == "SIGKILL":
+        run = run_code(KILLED, data=split_flowers, backup=tmp_path)
+        assert run.returncode == exit_code, run.stderr
+    else:
+        with pytest.raises(SystemExit) as end:
+            train_until_a_signal(split_flowers, tmp_path, kind)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert end.value.code == exit_code
     assert len(json.loads((tmp_path / "state.json").read_text())["history"]["loss"]) == 3
     assert_same_run(train_small(split_flowers, tmp_path, resume=True), uninterrupted)
 
