@@ -283,24 +283,24 @@ def test_a_run_killed_while_it_writes_its_backup_is_resumed_with_every_epoch_onc
     assert_same_run(train_small(split_flowers, tmp_path, resume=True), uninterrupted)
 
 
-FULL_DISK = """
-import resource, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from pathlib import Path
-import model_training_and_visualization as study
-from test_training import train_small
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))  # a disk with 10,000 bytes left
-study.run(lambda: train_small(Path({data!r}), Path({backup!r}), resume=True))
-"""
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
-def test_a_full_disk_leaves_the_earlier_backup_and_says_what_to_do(split_flowers, tmp_path, interrupted_after_4):
+def test_a_full_disk_leaves_the_earlier_backup_and_says_what_to_do(
+    split_flowers, tmp_path, interrupted_after_4, capsys
+):
+    import resource
+
     shutil.copytree(interrupted_after_4, tmp_path / "backup")
     before = sorted(path.name for path in (tmp_path / "backup").iterdir())
-    run = run_code(FULL_DISK, data=split_flowers, backup=tmp_path / "backup")
-    message = run.stderr.strip().splitlines()
-    assert run.returncode == 1 and "Free some space" in message[-1] and len(message) <= 3, run.stderr
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))  # a disk with 10,000 bytes left
+    try:
+        with pytest.raises(SystemExit) as end:
+            study.run(lambda: train_small(split_flowers, tmp_path / "backup", resume=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    message = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 1 and "Free some space" in message[-1] and len(message) <= 3
     assert sorted(path.name for path in (tmp_path / "backup").iterdir()) == before
     study.EpochBackup(tmp_path / "backup", {"seed": 5}).resume(small_network())
 
