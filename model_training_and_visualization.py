@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -794,11 +795,15 @@ def filter_patterns(network, convolution, relu, filters, longest_wavelength, shi
     pictures, fires = np.zeros((len(filters), PATTERN_SIZE, PATTERN_SIZE, 3), "uint8"), np.zeros(len(filters), bool)
     for start in range(PATTERN_STARTS):
         silent = np.flatnonzero(~fires)
-        for first in range(0, len(silent), FILTERS_AT_ONCE):
-            piece = silent[first : first + FILTERS_AT_ONCE]
+        pieces = [silent[first : first + FILTERS_AT_ONCE] for first in range(0, len(silent), FILTERS_AT_ONCE)]
+        beginnings = []
+        for piece in pieces:
             noise = rng.normal(scale=0.5, size=(len(piece), 3, *scale.shape)).astype("float32")
             shifts = rng.integers(-shift, shift, (PATTERN_STEPS, 2), dtype="int32", endpoint=True)
-            coefficients = climb(noise if start else np.zeros_like(noise), filters[piece], shifts)
+            beginnings.append((noise if start else np.zeros_like(noise), filters[piece], shifts))
+        with ThreadPoolExecutor(2) as pool:  # one piece alone leaves cores idle
+            climbs = pool.map(climb, *zip(*beginnings, strict=True))
+        for piece, coefficients in zip(pieces, climbs, strict=True):
             pictures[piece] = np.rint(fourier_to_image(coefficients, waves, scale))
             peaks = np.max(cut([pictures[piece].astype("float32")], training=False)[1], axis=(1, 2))  # (n, channels)
             fires[piece] = peaks[np.arange(len(piece)), filters[piece]] > 0
@@ -972,14 +977,12 @@ def class_probabilities(model, photos):
     return np.asarray(model(np.stack(photos).astype("float32"), training=False))
 
 
-def explain_photo(network, path, name, class_names, true=None):
+def explain_photo(path, name, size, probabilities, class_names, true=None):
     """A photo as decoded and as the network sees it, and what the network makes of it.
 
     Its target, the class whose evidence is shown, is the true class, or the predicted one where the true is not known;
     its rival is the most probable of the others.
     """
-    pixels = network_input(path, network.input_shape[1])
-    probabilities = class_probabilities(network, [pixels])[0]
     predicted, second = np.argsort(-probabilities)[:2].tolist()
     target = predicted if true is None else int(true)
     rival = second if predicted == target else predicted
@@ -987,7 +990,7 @@ def explain_photo(network, path, name, class_names, true=None):
     return SimpleNamespace(
         name=name,
         photo=read_photo(path),  # (height, width, 3) uint8
-        pixels=pixels,  # (size, size, 3) uint8
+        pixels=network_input(path, size),  # (size, size, 3) uint8
         probabilities=probabilities,  # (classes,)
         verdict=", ".join(f"{word} {class_names[k]} {probabilities[k]:.2f}" for word, k in shares.items()),
         target=target,
@@ -1249,11 +1252,14 @@ def train_and_save(options, splits, backup_folder):
 def draw_all(options, network, test, probabilities, record):
     """Writes all pictures and the page that shows them; returns the path of the page."""
     names, confusions = list(test.class_indices), confusion_matrix(probabilities, test.classes)
+    size, own = network.input_shape[1], options.photos or []
     chosen = [
-        explain_photo(network, test.filepaths[k], test.filenames[k], names, true=test.classes[k])
+        explain_photo(test.filepaths[k], test.filenames[k], size, probabilities[k], names, true=test.classes[k])
         for k in telling_photos(probabilities, test.classes)[:4]
     ]
-    explained = [explain_photo(network, path, path.name, names) for path in options.photos or []] or chosen[:3]
+    own_probabilities = (class_probabilities(network, [network_input(path, size)])[0] for path in own)
+    explained = [explain_photo(path, path.name, size, p, names) for path, p in zip(own, own_probabilities, strict=True)]
+    explained = explained or chosen[:3]
     output, first = options.output, explained[0]
     output.mkdir(parents=True, exist_ok=True)
     taken_for = sorted(zip(first.probabilities, names, strict=True), reverse=True)

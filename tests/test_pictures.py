@@ -191,7 +191,8 @@ def test_a_rotated_photo_is_explained_upright_and_at_its_own_resolution(inceptio
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    explained = study.explain_photo(network, tmp_path / "turned.jpg", "turned.jpg", CLASSES)
+    explained = study.explain_photo(tmp_path / "turned.jpg", "turned.jpg", 75, np.array([0.2, 0.5, 0.3]), CLASSES)
+    assert (explained.target_name, explained.rival_name) == ("rose", "tulip")
     assert explained.photo.shape == (200, 120, 3)
     assert explained.photo[50, 60, 0] > 150 > explained.photo[150, 60, 0]
     assert explained.pixels[20, 37, 0] > 150 > explained.pixels[60, 37, 0]
