@@ -204,12 +204,11 @@ def build_network(class_count, image_size, weights):
     photo = keras.Input((image_size, image_size, 3), name="photo")
     scaled = layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(photo)  # to [-1, 1], as ImageNet's weights expect
     base = keras.applications.InceptionV3(include_top=False, weights=None, input_tensor=scaled)
-    if weights == "none":
-        for layer in in_creation_order(base, layers.BatchNormalization):
-            layer.momentum = 0.9  # at 0.99 the statistics lag hundreds of steps behind, and validation looks random
-    elif weights == "imagenet":
+    for layer in in_creation_order(base, layers.BatchNormalization):
+        layer.momentum = 0.9  # at 0.99 the statistics lag hundreds of steps behind, and validation looks random
+    if weights == "imagenet":
         load_imagenet_weights(base)
-    else:
+    elif weights != "none":
         load_backbone_weights(base, Path(weights))
     pooled = layers.GlobalAveragePooling2D()(base.output)
     hidden = layers.Dropout(0.1)(layers.Dense(256, activation="relu")(pooled))
@@ -778,6 +777,7 @@ def ascent_function(cut, waves, scale, damping):
             coefficients += rate * mean / (1 - 0.9**step) / (tf.sqrt(damped / (1 - 0.999**step)) + 1e-12)
         return coefficients
 
+    climb.get_concrete_function()  # traced now: two threads that call it at once would each trace it
     return climb
 
 
