@@ -10,6 +10,8 @@ from PIL import Image
 import model_training_and_visualization as study
 
 CLASSES = ["daisy", "rose", "tulip"]
+# To optimize a graph takes longer than it saves in the few steps of a test.
+study.tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
 def write_flowers(folder, classes, per_class, size=96):

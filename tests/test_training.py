@@ -30,7 +30,8 @@ STOCK = tf.keras.preprocessing.image.ImageDataGenerator
 def run_script(*arguments):
     """Runs the script in a process of its own, with short climbs: the patterns' strength is tested elsewhere."""
     small = "study.PATTERN_STEPS, study.PATTERN_SIZE = 2, 48"
-    code = f"import model_training_and_visualization as study; {small}; study.run(study.main)"
+    plain_graphs = 'study.tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})'
+    code = f"import model_training_and_visualization as study; {small}; {plain_graphs}; study.run(study.main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
