@@ -134,9 +134,14 @@ class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
     def check_photos(self):
         """Decodes each photo, in parallel, and keeps what fits into memory. Raises Stop naming the first bad one."""
         decode, description = partial(network_input, size=self.target_size[0]), f"Checking {Path(self.directory).name}"
-        for number, photo in enumerate(decode_photos(self.filepaths, decode, description)):
-            if photo.nbytes * (number + 1) <= PHOTO_MEMORY:
-                self.kept[number] = photo
+        try:
+            for number, photo in enumerate(decode_photos(self.filepaths, decode, description)):
+                if photo.nbytes * (number + 1) <= PHOTO_MEMORY:
+                    self.kept[number] = photo
+        except Stop as stop:
+            raise Stop(
+                f"{stop}.\nRemove it, or split again, with --overwrite: a split leaves such photos out."
+            ) from stop
 
     def __getitem__(self, batch_number):
         numbers = np.arange(self.n)
@@ -1289,8 +1294,11 @@ def main():
     options = parse_options()
     keras.config.disable_interactive_logging()
     require_writable(options.output)
-    for path in options.photos or []:
-        read_photo(path)
+    try:
+        for path in options.photos or []:
+            read_photo(path)
+    except Stop as stop:
+        raise Stop(f"--photos {stop}.\nName another photo.") from stop
     record_file = options.model.with_name(f"{options.model.stem}_history.json")
     backup_folder = options.model.with_name(f"{options.model.stem}_backup")
     sizes = {"size": options.image_size, "batch_size": options.batch_size, "seed": options.seed}

@@ -386,7 +386,7 @@ def test_a_photo_that_is_cut_off_is_named_before_training(split_flowers, tmp_pat
     shutil.copytree(split_flowers, tmp_path / "data")
     cut = tmp_path / "data" / "train" / "rose" / "3.jpg"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
-    with pytest.raises(Stop, match=r"rose.3\.jpg") as stop:
+    with pytest.raises(Stop, match=r"rose.3\.jpg: is damaged.*\nRemove it") as stop:
         study.open_splits(tmp_path / "data", ["train"], size=32, batch_size=4, seed=0)
     assert stop.value.exit_code == 2
 
