@@ -413,15 +413,20 @@ class EpochBackup(keras.callbacks.Callback):
         self.failed = not np.isfinite([logs[name] for name in ("loss", "val_loss") if name in logs]).all()
         if self.failed:
             return
-        needed = {self.weights_file(epoch) for epoch in (self.epochs, self.best_epoch)} if self.epochs else set()
-        for name, values in self.history.items():
-            values.append(float(logs[name]))
-        needed |= {self.weights_file(epoch) for epoch in (self.epochs, self.best_epoch)}
+        before, needed = self.history, set()
+        if self.epochs:
+            needed |= {self.weights_file(self.epochs), self.weights_file(self.best_epoch)}
+        self.history = {name: [*values, float(logs[name])] for name, values in before.items()}
+        needed |= {self.weights_file(self.epochs), self.weights_file(self.best_epoch)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_when_whole(self.weights_file(self.epochs)) as partial:
-            self.model.save(partial)
-        state = {"run_name": self.run_name, "settings": self.settings, "history": self.history}
-        write_json(self.folder / "state.json", state)
+        try:
+            with replace_when_whole(self.weights_file(self.epochs)) as partial:
+                self.model.save(partial)
+            state = {"run_name": self.run_name, "settings": self.settings, "history": self.history}
+            write_json(self.folder / "state.json", state)
+        except BaseException:  # Ctrl-C among them: an epoch that is not written is not kept
+            self.history = before
+            raise
         for file in set(self.folder.glob("*.keras")) - needed:
             file.unlink()
 
@@ -469,7 +474,7 @@ def train(network, splits, phases, backup):
             network.load_weights(backup.weights_file(backup.epochs))  # now with the optimizer's own state
         photos.epoch = backup.epochs
         with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-            callbacks = [keras.callbacks.TerminateOnNaN(), EpochBar(bar, phase, photos), backup]
+            callbacks = [keras.callbacks.TerminateOnNaN(), backup, EpochBar(bar, phase, photos)]  # told when it is kept
             options = {"initial_epoch": backup.epochs, "epochs": phase.last, "verbose": 0}
             options["shuffle"] = False  # photos shuffles itself, by seed and epoch; Keras would shuffle the batches too
             try:
