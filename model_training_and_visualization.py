@@ -37,25 +37,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from create_train_val_test import Stop, class_folders, cores, decode_photos, read_photo, replace_when_whole, run
 
-
-@contextlib.contextmanager
-def without_startup_noise():
-    """Keeps what TensorFlow says while it loads off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
-    stderr = os.dup(2)
+stderr = os.dup(2)
+try:  # what TensorFlow says while it loads stays off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it
     if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
-with without_startup_noise():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     import keras
     import tensorflow as tf
     from keras import layers
+finally:
+    os.dup2(stderr, 2)
 
 # ---- Settings: what a reader of this study would change --------------------------------------------------------------
 
@@ -481,6 +471,10 @@ def train(network, splits, phases, backup):
                 network.fit(photos, validation_data=splits["validation"], callbacks=callbacks, **options)
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
                 raise Stop("Out of memory. Train with a smaller --batch-size or --image-size.", 1) from error
+            except KeyboardInterrupt:
+                if backup.epochs:
+                    print(f"Epochs kept: {backup.epochs}; the same command with --resume goes on.", flush=True)
+                raise
         if backup.failed:
             rate = float(network.optimizer.learning_rate)
             kept = f"Best weights so far: {backup.weights_file(backup.best_epoch)}. " if backup.epochs else ""
@@ -1243,12 +1237,7 @@ def train_and_save(options, splits, backup_folder):
         network = build_network(class_count, options.image_size, options.weights)
         if options.resume:
             backup.resume(network)
-        try:
-            train(network, splits, phases, backup)
-        except KeyboardInterrupt:
-            if backup.epochs:
-                print(f"{backup.epochs} whole epochs are kept; the same command with --resume goes on.", flush=True)
-            raise
+        train(network, splits, phases, backup)
     keras.config.set_dtype_policy("float32")
     keras.utils.clear_session()  # so that the names of the layers count from the start again
     network = build_network(class_count, options.image_size, "none")

@@ -1,5 +1,7 @@
 """Small drawn flowers, and a network small enough to be trained on them within seconds."""
 
+import signal
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from PIL import Image
 import model_training_and_visualization as study
 
 CLASSES = ["daisy", "rose", "tulip"]
+# A shell starts a job in the background with Ctrl-C ignored, and so would be all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # To optimize a graph takes longer than it saves in the few steps of a test.
 study.tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 

@@ -27,19 +27,37 @@ ROOT = Path(__file__).parents[1]
 STOCK = tf.keras.preprocessing.image.ImageDataGenerator
 
 
-def run_script(*arguments):
-    """Runs the script in a process of its own, with short climbs: the patterns' strength is tested elsewhere."""
+def start_script(*arguments):
+    """Starts the script in a process of its own, with short climbs: the patterns' strength is tested elsewhere."""
     small = "study.PATTERN_STEPS, study.PATTERN_SIZE = 2, 48"
     plain_graphs = 'study.tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})'
     code = f"import model_training_and_visualization as study; {small}; {plain_graphs}; study.run(study.main)"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_script(*arguments):
+    """Runs the script to its end: (exit code, stdout, stderr)."""
+    with start_script(*arguments) as run:
+        stdout, stderr = run.communicate(timeout=300)
+    return run.returncode, stdout, stderr
 
 
 def run_code(code, **paths):
     """Runs code in a process of its own, with the paths filled in."""
     code = code.format(root=str(ROOT), tests=str(ROOT / "tests"), **{name: str(path) for name, path in paths.items()})
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_run(split_flowers, tmp_path_factory):
+    """The whole run, started with the first of these tests and looked at by the last: it takes a minute."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ("--data", split_flowers, "--model", folder / "net.keras", "--output", folder / "Images")
+    small = ("--weights", "none", "--epochs", 2, "--image-size", 75, "--batch-size", 8)
+    with start_script(*options, *small) as run:
+        yield folder, options, run
+        run.kill()
 
 
 # ---- Augmentation ----
@@ -270,7 +288,7 @@ train_until_a_signal({data!r}, {backup!r}, "SIGKILL")
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize(("kind", "exit_code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_run_killed_while_it_writes_its_backup_is_resumed_with_every_epoch_once(
-    split_flowers, tmp_path, uninterrupted, kind, exit_code
+    split_flowers, tmp_path, uninterrupted, kind, exit_code, capsys
 ):
     if kind == "SIGKILL":
         run = run_code(KILLED, data=split_flowers, backup=tmp_path)
@@ -280,6 +298,7 @@ def test_a_run_killed_while_it_writes_its_backup_is_resumed_with_every_epoch_onc
             train_until_a_signal(split_flowers, tmp_path, kind)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         assert end.value.code == exit_code
+        assert ("Epochs kept: 3;" in capsys.readouterr().out) == (kind == "SIGINT")
     assert len(json.loads((tmp_path / "state.json").read_text())["history"]["loss"]) == 3
     assert_same_run(train_small(split_flowers, tmp_path, resume=True), uninterrupted)
 
@@ -472,12 +491,11 @@ class Links(HTMLParser):
 
 
 @pytest.fixture(scope="session")
-def whole_run(split_flowers, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    options = ("--data", split_flowers, "--model", folder / "net.keras", "--output", folder / "Images")
-    run = run_script(*options, "--weights", "none", "--epochs", 2, "--image-size", 75, "--batch-size", 8)
-    assert run.returncode == 0, run.stderr
-    return folder, options, run
+def whole_run(started_run):
+    folder, options, run = started_run
+    stdout, stderr = run.communicate(timeout=300)
+    assert run.returncode == 0, stderr
+    return folder, options, stdout, stderr
 
 
 EXPECTED = [
@@ -490,7 +508,7 @@ EXPECTED = [
 
 
 def test_a_run_writes_every_picture_whole_and_none_of_them_flat(whole_run):
-    folder, _, _ = whole_run
+    folder, *_ = whole_run
     written = {path.name for path in (folder / "Images").iterdir()}
     assert written == {*EXPECTED, "index.html"}
     for name in EXPECTED:
@@ -499,12 +517,12 @@ def test_a_run_writes_every_picture_whole_and_none_of_them_flat(whole_run):
 
 
 def test_a_run_reports_the_test_split_and_saves_model_and_history(whole_run):
-    folder, _, run = whole_run
+    folder, _, stdout, stderr = whole_run
     record = json.loads((folder / "net_history.json").read_text("utf-8"))
     assert set(record) == {"history", "test", "classes", "settings"} and record["classes"] == CLASSES
     assert set(record["history"]) == set(study.METRICS) and {len(v) for v in record["history"].values()} == {2}
-    assert f"Test: loss {record['test']['loss']:.4f}  accuracy {record['test']['accuracy']:.4f}" in run.stdout
-    assert "Epoch 2/2" in run.stdout and "precision" in run.stdout and run.stderr == ""
+    assert f"Test: loss {record['test']['loss']:.4f}  accuracy {record['test']['accuracy']:.4f}" in stdout
+    assert "Epoch 2/2" in stdout and "precision" in stdout and stderr == ""
     network = keras.saving.load_model(folder / "net.keras")
     black, white = np.zeros((1, 75, 75, 3)), np.full((1, 75, 75, 3), 255)
     assert network.predict(black, verbose=0).sum() == pytest.approx(1) and network.dtype_policy.name == "float32"
@@ -513,7 +531,7 @@ def test_a_run_reports_the_test_split_and_saves_model_and_history(whole_run):
 
 
 def test_every_link_of_the_page_leads_to_a_picture_and_nowhere_else(whole_run):
-    folder, _, _ = whole_run
+    folder, *_ = whole_run
     page = (folder / "Images" / "index.html").read_text("utf-8")
     links = Links(page)
     assert links.open == ["html", "body"] or links.open == []
@@ -522,10 +540,10 @@ def test_every_link_of_the_page_leads_to_a_picture_and_nowhere_else(whole_run):
 
 
 def test_skip_training_draws_the_same_pictures_as_the_run_that_trained(whole_run, tmp_path):
-    folder, options, _ = whole_run
+    folder, options, *_ = whole_run
     before = (folder / "net.keras").read_bytes()
-    run = run_script(*options[:4], "--output", tmp_path / "again", "--skip-training")
-    assert run.returncode == 0, run.stderr
+    code, _, stderr = run_script(*options[:4], "--output", tmp_path / "again", "--skip-training")
+    assert code == 0, stderr
     for name in EXPECTED:
         one, other = (
             np.asarray(Image.open(f / name).convert("RGB"), int) for f in (folder / "Images", tmp_path / "again")
@@ -535,9 +553,10 @@ def test_skip_training_draws_the_same_pictures_as_the_run_that_trained(whole_run
 
 
 def test_bad_input_ends_with_exit_code_2_in_few_lines_and_writes_nothing(tmp_path):
-    run = run_script("--output", tmp_path / "Images", "--model", tmp_path / "a.keras", "--data", tmp_path / "nowhere")
-    assert run.returncode == 2 and "nowhere" in run.stderr and "create_train_val_test.py" in run.stderr
-    assert len(run.stderr.strip().splitlines()) <= 3 and list(tmp_path.iterdir()) == []
+    options = ("--output", tmp_path / "Images", "--model", tmp_path / "a.keras", "--data", tmp_path / "nowhere")
+    code, _, stderr = run_script(*options)
+    assert code == 2 and "nowhere" in stderr and "create_train_val_test.py" in stderr
+    assert len(stderr.strip().splitlines()) <= 3 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
