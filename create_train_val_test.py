@@ -2,18 +2,15 @@
 
     python create_train_val_test.py [SOURCE] [--output DIR] [--val-size 0.15] [--test-size 0.2] [--seed 0]
 
-    SOURCE/                      DIR/
-        daisy/                       train/
-            one.jpg                      daisy/one.jpg …
-            two.jpg                      rose/four.jpg …
-        rose/                        validation/…
-            four.jpg                 test/…
-                                     split.csv
+    SOURCE/daisy/one.jpg …      DIR/train/daisy/one.jpg …
+           rose/two.jpg …           validation/rose/two.jpg …
+                                    test/…
+                                    split.csv
 
 A network that has seen a test photo in training remembers it, and its test accuracy is a lie. Collections from the web
 hold many photos twice: the same file, or the same picture at another size, quality or tint. Such copies form a group,
 which goes to one split as a whole. A picture that is filed under two classes is left out, as one label must be wrong.
-split.csv tells for every file where it went and why. SOURCE is only read.
+split.csv tells for every file where it went and why.
 """
 
 import argparse
@@ -23,17 +20,15 @@ import glob
 import hashlib
 import io
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import stat
 import sys
-import threading
 import warnings
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +42,7 @@ from PIL import Image, ImageOps
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
 # What may be inside, whatever the suffix says: web photos often carry a wrong one. Nothing that starts another program.
 PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-MAX_PIXELS = 90_000_000  # small files can unpack to more than the memory holds
+Image.MAX_IMAGE_PIXELS = 45_000_000  # Pillow refuses what unpacks to over twice as many, and may not fit into memory
 
 
 class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
@@ -72,15 +67,12 @@ def run(main):
         message, exit_code = str(stop), stop.exit_code
     except KeyboardInterrupt:
         message, exit_code = "Stopped by Ctrl-C.", 130
-    except BrokenExecutor:
-        message, exit_code = "A worker process was killed, perhaps for want of memory.\nClose other programs.", 1
     except BrokenPipeError:
         os._exit(1)  # the reader of our output has left; an ordinary exit would complain that it cannot be flushed
     except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0]
-        message = f"{shown(error.filename2 or error.filename or 'A file')}: {reason}.\n"
-        message += "Free some space and check the permissions there, or choose another place, then run it again."
-        exit_code = 1
+        place, reason = error.filename2 or error.filename or "A file", error.strerror or str(error).partition("\n")[0]
+        remedy = "Free some space and check the permissions there, or choose another place, then run it again."
+        message, exit_code = f"{shown(place)}: {reason}.\n{remedy}", 1
     print(message, file=sys.stderr)
     sys.exit(exit_code)
 
@@ -90,93 +82,68 @@ def shown(path):
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in os.fsdecode(path))
 
 
-def progress(iterable, description, total):
-    """The iterable, with a progress bar on stderr if that is a terminal."""
-    if not sys.stderr.isatty():
-        return iterable
-    from rich.console import Console  # only here, as it takes as long to import as 100 photos to check
-    from rich.progress import track
-
-    return track(iterable, description, total, console=Console(stderr=True))
-
-
 def read_photo(path, at_least=None):
     """Decode a photo as a person sees it, EXIF rotation applied: (height, width, 3) uint8 RGB, 0–255.
 
     With `at_least=pixels` a JPEG comes at the smallest of its scales 1, 1/2, 1/4, 1/8 that keeps both sides that long.
     Raises Stop, naming the file and the reason, if it is no photo or not whole.
     """
-    return np.array(decode_photo(read_bytes(path), path, at_least))
+    try:
+        return np.array(decode(read_bytes(Path(path)), at_least))
+    except ValueError as error:
+        raise Stop(f"{shown(path)}: {error}") from error
 
 
 def read_bytes(path):
-    """The bytes of a regular file. Raises Stop for all else; a FIFO would keep its reader waiting for ever."""
-    path = Path(path)
+    """The bytes of a regular file. Raises ValueError, saying why, for all else."""
     try:
         if stat.S_ISREG(path.stat().st_mode):
             return path.read_bytes()
-        reason = "is a folder or a device, not a photo"
+        reason = "is a folder or a device, not a photo"  # a FIFO would keep its reader waiting for ever
     except OSError as error:
         reason = "is a broken link" if path.is_symlink() else error.strerror
-    raise Stop(f"{shown(path)}: {reason}")
+    raise ValueError(reason)
 
 
-def decode_photo(data, path, at_least=None, mode="RGB"):
-    """Decode the bytes of the photo at `path` to a Pillow image of mode RGB or L (grey); see read_photo."""
+def decode(data, at_least=None, mode="RGB"):
+    """The bytes of a photo as a Pillow image of mode RGB or L (grey); see read_photo. Raises ValueError, saying why."""
     try:
-        with Image.open(io.BytesIO(data), formats=PHOTO_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            if at_least:
-                image.draft(mode, (at_least, at_least))
-            image.load()
-            with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
-                ImageOps.exif_transpose(image, in_place=True)
-            return convert(image, mode)
+        image = Image.open(io.BytesIO(data), formats=PHOTO_FORMATS)
+        if at_least:
+            image.draft(mode, (at_least, at_least))
+        image.load()
+        with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow would clip at 255
+            samples = np.nan_to_num(np.asarray(image, np.float32))
+            top = 65535 if ";16" in image.mode else next((top for top in (1, 255) if samples.max() <= top), 65535)
+            image = Image.fromarray(np.clip(samples * (255 / top), 0, 255).round().astype(np.uint8))
+        if image.has_transparency_data:  # is laid on white
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(mode)
     except Image.DecompressionBombError:
-        reason = f"is too large, over {MAX_PIXELS:,} pixels"
+        reason = f"is too large, over {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
     except Image.UnidentifiedImageError:
         reason = "is no image that can be read" if data else "is empty"
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
         reason = f"is damaged or cut off ({error})"
-    raise Stop(f"{shown(path)}: {reason}")
+    raise ValueError(reason)
 
 
-def convert(image, mode):
-    """A Pillow image of any mode as RGB or L (grey): 16 bits scaled to 8, transparency laid on white."""
-    if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
-        samples = np.nan_to_num(np.asarray(image, np.float32))
-        top = 65535 if ";16" in image.mode else next((top for top in (1, 255) if samples.max() <= top), 65535)
-        image = Image.fromarray(np.clip(samples * (255 / top), 0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
-def decode_photos(paths, function, description, pool=None):
-    """Yield function(path) for every path, in order, from threads on all cores or the pool; raise what it raises."""
-    paths, pool = list(paths), pool or ThreadPoolExecutor(cores())
+def decode_photos(photos, function, description):
+    """Yield function(photo) for every photo, in order, from threads on all cores; a terminal shows the progress."""
+    photos, pool = list(photos), ThreadPoolExecutor(cores())
     try:
-        with interrupts_held():  # one that came while processes are forked would be lost
-            results = pool.map(function, paths, chunksize=16)
-        yield from progress(results, description, len(paths))
+        results = pool.map(function, photos)
+        if sys.stderr.isatty():
+            from rich.console import Console  # only here, as it takes as long to import as 100 photos to check
+            from rich.progress import track
+
+            results = track(results, description, len(photos), console=Console(stderr=True))
+        yield from results
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
-
-
-@contextlib.contextmanager
-def interrupts_held():
-    """Keep Ctrl-C and SIGTERM waiting until the block has ended. For the main thread, as all signals."""
-    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
 
 
 def cores():
@@ -192,11 +159,10 @@ def replace_when_whole(path):
     """
     path = Path(path)
     for left_behind in path.parent.glob(f".partial[0-9]*-{glob.escape(path.name)}"):
-        process_id = int(left_behind.name.removeprefix(".partial").split("-")[0])
         with contextlib.suppress(PermissionError):  # another user is writing it, or somebody on Windows
             with contextlib.suppress(ProcessLookupError):
                 if os.name != "nt":  # where the question would end the process
-                    os.kill(process_id, 0)
+                    os.kill(int(left_behind.name.removeprefix(".partial").partition("-")[0]), 0)
                     continue
             left_behind.unlink(missing_ok=True)
     partial_path = path.with_name(f".partial{os.getpid()}-{path.name}")
@@ -219,12 +185,12 @@ def class_folders(folder):
 # ---- The files of SOURCE ---------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "validation", "test")
-LAYOUT = "SOURCE is a folder that holds one folder of photos for each class, such as flowers/daisy and flowers/rose."
+LAYOUT = "Name a folder that you may read, with a folder of photos for each class: flowers/daisy, flowers/rose, …"
 
 
-@dataclass
+@dataclass(eq=False)
 class Photo:
-    """A file seen in SOURCE: a row of split.csv, and the thumbnail that copies are found by."""
+    """A file seen in SOURCE: a row of split.csv, and what copies are found by."""
 
     source: str  # its path below SOURCE, with forward slashes
     class_name: str = ""
@@ -233,12 +199,14 @@ class Photo:
     group: int | str = ""
     note: str = ""  # why it is skipped; of a photo in a group, the label conflict
     thumbnail: bytes = b""  # 32 rows of 36 grey pixels
+    linked: bool = False
+
+    def __post_init__(self):
+        self.copies = [self]  # a list that all copies of one picture share
 
 
 def list_files(source):
     """The class names, and a Photo for every file in SOURCE and its class folders. Raises Stop for less than two."""
-    if not source.is_dir():
-        raise Stop(f"{shown(source)}: {'is a file' if source.exists() else 'there is no such folder'}.\n{LAYOUT}")
     try:
         folders = {name: class_folders(source / name) for name in class_folders(source)}
         # The Kaggle download once held the whole set a second time, as flowers/flowers.
@@ -247,50 +215,40 @@ def list_files(source):
         photos = [Photo(path.name) for path in sorted(source.iterdir()) if path.name not in classes]
         for photo in photos:
             photo.note = "is a nested copy of the whole set" if photo.source in nested else "lies beside the classes"
-        for name in classes:
-            photos += [
-                Photo(f"{name}/{file}", name) for file in sorted(entry.name for entry in os.scandir(source / name))
-            ]
-    except PermissionError as error:
-        raise Stop(f"{shown(error.filename)}: cannot be read.\nGive yourself the right to read it.") from error
+        files = [(name, path.name) for name in classes for path in (source / name).iterdir()]
+        photos += [Photo(f"{name}/{file}", name) for name, file in sorted(files)]
+    except OSError as error:  # it is missing, or a file, or may not be read
+        raise Stop(f"{shown(error.filename)}: {error.strerror}.\n{LAYOUT}") from error
     if len(classes) < 2:
         remedy = next((f"Try {shown(source / name)}." for name in folders if len(folders[name]) >= 2), LAYOUT)
         raise Stop(f"{shown(source)}: two classes are needed, {len(classes)} found.\n{remedy}")
     return classes, photos
 
 
-def examine(name, source, folder, link):
-    """Copy source/name into `folder` if it decodes in full: its SHA-256, why it is skipped or "", its thumbnail."""
-    path, target, sha256 = source / name, folder / name, ""
+def examine(photo, source, folder, link):
+    """Copy the photo from `source` into `folder` if it decodes in full; note in it what was found, or what is wrong."""
+    path, target = source / photo.source, folder / photo.source
     try:
         if path.name.startswith("."):
-            raise Stop("is a hidden file")
+            raise ValueError("is a hidden file")
         if path.suffix.lower() not in PHOTO_SUFFIXES and not path.is_dir():
-            raise Stop(f"is of type {path.suffix or 'none'}, which Keras does not read")
+            raise ValueError(f"is of type {path.suffix or 'none'}, which Keras does not read")
         data = read_bytes(path)
-        sha256 = hashlib.sha256(data).hexdigest()
-        grey = decode_photo(data, path, at_least=2 * max(THUMBNAIL), mode="L")
-    except Stop as stop:
-        return sha256, str(stop).removeprefix(f"{shown(path)}: "), b""
-    thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
-    if link:
+        photo.sha256 = hashlib.sha256(data).hexdigest()
+        grey = decode(data, at_least=2 * max(THUMBNAIL), mode="L")
+        photo.thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
         with contextlib.suppress(OSError):  # another file system, or one that has no hard links
-            os.link(path.resolve(), target)
-            return sha256, "", thumbnail
-    try:
-        target.write_bytes(data)
-        os.utime(target, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+            if link:
+                os.link(path.resolve(), target)
+                photo.linked = True
+        if not photo.linked:
+            target.write_bytes(data)
+            os.utime(target, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    except ValueError as error:
+        photo.note = str(error)
     except OSError as error:
         error.filename = os.fspath(target)  # which a full disk does not name
         raise
-    return sha256, "", thumbnail
-
-
-def follow_parent():
-    """Make this worker process leave Ctrl-C to its parent and end with it, even if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
 
 
 # ---- Copies of one picture -------------------------------------------------------------------------------------------
@@ -302,7 +260,7 @@ def follow_parent():
 MAX_DISTANCE = 6  # bits; holds 98 to 100 % of copies after any usual change of size, quality, tint or brightness
 MIN_CORRELATION = 0.8
 THUMBNAIL = (36, 32)  # width and height in pixels: four for each of the 9 × 8 places of a difference hash
-MIN_EDGE = 2.0  # grey levels of 255; below, a plain picture has no edges to know it by, and only its bytes count
+MIN_EDGE = 2.0  # grey levels of 255; weaker edges do not tell a plain picture from another, only its bytes do
 REACH = 64  # neighbours to compare in a crowded bucket; more would find little and cost quadratic time
 
 
@@ -312,7 +270,7 @@ def similar_pairs(hashes):
     Six bits spoil at most six of the eight bytes, so two bytes are equal: for each of the 28 choices of two bytes, the
     hashes are sorted into 65,536 buckets, and only neighbours in a bucket are compared.
     """
-    count, found = len(hashes), [np.empty(0, np.int64)]
+    count, found = len(hashes), []
     by_value = np.argsort(hashes)  # so that the most alike are neighbours in every bucket
     hash_bytes = hashes[by_value].view(np.uint8).reshape(count, 8)
     for choice in itertools.combinations(range(8), 2):
@@ -327,17 +285,7 @@ def similar_pairs(hashes):
             # Equal hashes are neighbours for every choice of bytes: once is enough.
             near = (distance <= MAX_DISTANCE) & ((distance > 0) | (choice == (0, 1)))
             found.append(np.minimum(one, other)[near] * count + np.maximum(one, other)[near])
-    return np.stack(np.divmod(np.unique(np.concatenate(found)), max(count, 1)), axis=1)
-
-
-def edges(thumbnails):
-    """Differences of neighbours in (n, 32, 36) grey thumbnails as (n, 2236) vectors of length 1, or 0 if plain."""
-    grey = thumbnails.astype(np.float32)
-    across, down = (np.diff(grey, axis=axis).reshape(len(grey), -1) for axis in (2, 1))
-    # Without the mean there is no even slope of light, which a hundred skies have in common.
-    vectors = np.hstack([across - across.mean(1, keepdims=True), down - down.mean(1, keepdims=True)])
-    strength = vectors.std(1, keepdims=True)
-    return np.where(strength < MIN_EDGE, 0, vectors / np.maximum(strength, MIN_EDGE) / np.sqrt(vectors.shape[1]))
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), count), axis=1)
 
 
 def same_pictures(thumbnails):
@@ -347,25 +295,31 @@ def same_pictures(thumbnails):
     pairs = similar_pairs(np.packbits(brighter.reshape(-1, 64), axis=1).view(np.uint64).ravel())
     for start in range(0, len(pairs), 1024):  # the edges of all at once would fill the memory
         block = pairs[start : start + 1024]
-        correlation = (edges(thumbnails[block[:, 0]]) * edges(thumbnails[block[:, 1]])).sum(1)
+        grey = thumbnails[block].astype(np.float32)  # (pairs, 2, 32, 36)
+        steps = [np.diff(grey, axis=axis).reshape(len(block), 2, -1) for axis in (2, 3)]
+        # Without the mean there is no even slope of light, which a hundred skies have in common.
+        edges = np.concatenate([step - step.mean(2, keepdims=True) for step in steps], axis=2)
+        strength = np.maximum(edges.std(2), MIN_EDGE)
+        correlation = (edges[:, 0] * edges[:, 1]).mean(1) / strength.prod(1)
         yield from block[correlation >= MIN_CORRELATION].tolist()
 
 
 def find_copies(photos):
-    """Number the groups of copies among the usable photos; note a label conflict where one lies in several classes."""
+    """Bring copies together and number their groups; note a label conflict where a group lies in several classes."""
     thumbnails = np.frombuffer(b"".join(photo.thumbnail for photo in photos), np.uint8).reshape(-1, *THUMBNAIL[::-1])
-    first_with, group_of = {}, {index: [index] for index in range(len(photos))}
+    first_with = {}
     same_bytes = [(first_with.setdefault(photo.sha256, index), index) for index, photo in enumerate(photos)]
     for one, other in itertools.chain(same_bytes, same_pictures(thumbnails)):
-        if group_of[one] is not group_of[other]:
-            group_of[one] += group_of[other]
-            group_of |= dict.fromkeys(group_of[other], group_of[one])
-    groups = [group for index, group in group_of.items() if group[0] == index and len(group) > 1]
+        copies, more = photos[one].copies, photos[other].copies
+        if copies is not more:
+            copies += more
+            for photo in more:
+                photo.copies = copies
+    groups = [photo.copies for photo in photos if photo.copies[0] is photo and len(photo.copies) > 1]
     for number, group in enumerate(groups, start=1):
-        members = [photos[index] for index in group]
-        for photo in members:
+        for photo in group:
             photo.group = number
-            others = [other.source for other in members if other.class_name != photo.class_name]
+            others = [other.source for other in group if other.class_name != photo.class_name]
             if others:
                 photo.note = f"label conflict: the same picture as {', '.join(others)}"
 
@@ -384,17 +338,12 @@ def assign_splits(photos, classes, val_size, test_size, seed):
     """Draw the split of every usable photo, copies together. Raises Stop, naming the class, where one is too small."""
     needed = next(count for count in itertools.count(3) if all(split_sizes(count, val_size, test_size).values()))
     for name in classes:
-        members = [photo for photo in photos if photo.class_name == name]
-        usable, groups = [photo for photo in members if not photo.note], {}
-        if not usable:
-            first = f" The first, {shown(members[0].source)}, {members[0].note}." if members else ""
-            raise Stop(f"class {shown(name)}: none of its {len(members)} files is a usable photo.{first}")
-        for photo in usable:
-            groups.setdefault(photo.group or photo.source, []).append(photo)
+        usable = [photo for photo in photos if photo.class_name == name and not photo.note]
         # Groups go, largest first and else in random order, where most places are free: copies mostly into train, and
         # single photos fill each split to exactly its size. The last ones go where there is nothing yet.
         rng = random.Random(f"{seed}/{name}")  # a new class leaves the splits of the others as they were
-        groups = sorted(rng.sample([*groups.values()], len(groups)), key=len)
+        groups = [photo.copies for photo in usable if photo.copies[0] is photo]
+        groups = sorted(rng.sample(groups, len(groups)), key=len)
         free, empty = split_sizes(len(usable), val_size, test_size), list(SPLITS)
         while groups:
             split = max(empty if len(groups) <= len(empty) else SPLITS, key=free.get)
@@ -403,27 +352,30 @@ def assign_splits(photos, classes, val_size, test_size, seed):
                 photo.split = split
                 free[split] -= 1
         if len(usable) < needed or empty:
+            skipped = [f" {photo.source} {photo.note}." for photo in photos if photo.class_name == name and photo.note]
             raise Stop(
                 f"class {shown(name)}: has {len(usable)} usable photos, too few different ones for three splits; "
-                f"it needs {needed}.\nAdd photos to it, remove it, or choose larger --val-size and --test-size."
+                f"it needs {needed}.{shown(''.join(skipped[:1]))}\n"
+                "Add photos to it, remove it, or choose larger --val-size and --test-size."
             )
 
 
 # ---- All or nothing --------------------------------------------------------------------------------------------------
-# The new split is built in BUILDING. Renaming that to READY is one step on any file system, and from it the new split
+# The new split is built in a hidden folder. Its split.csv comes last and in one step, and from then on the new split
 # counts: a run killed before has changed nothing, and after it the next run moves the rest into place. All old folders
 # leave before the first new one comes, so that old and new never stand side by side.
 
-BUILDING, READY = ".split.building", ".split.ready"
+BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
 
 
 @contextlib.contextmanager
-def only_run_in(folder):
-    """Make the folder and keep other runs out of it; the system lets go of the lock however this run ends."""
-    made, lock = [path for path in (folder, *folder.parents) if not path.exists()], folder / ".split.lock"
+def only_run_in(output):
+    """Keep other runs out of the folder and yield where to build; what is whole at the end comes into place."""
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    lock = output / ".split.lock"  # the system lets go of it however this run ends
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         if os.name == "nt":
             handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
         else:
@@ -431,62 +383,63 @@ def only_run_in(folder):
 
             handle = os.open(lock, os.O_CREAT | os.O_RDWR)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (lock.exists() and os.path.samestat(os.fstat(handle), lock.stat())):
+            if os.fstat(handle).st_nlink == 0:
                 raise BlockingIOError  # the run that held it has just deleted it
     except (BlockingIOError, FileExistsError, NotADirectoryError) as error:
-        reason = "another run is writing there.\nWait for its end" if folder.is_dir() else "is no folder.\nName one"
-        raise Stop(f"{shown(folder)}: {reason}, or choose another --output.") from error
-    try:
-        yield
-    finally:
+        reason = "another run is writing there.\nWait for its end" if output.is_dir() else "is no folder.\nName one"
+        raise Stop(f"{shown(output)}: {reason}, or choose another --output.") from error
+
+    def leave():
+        move_into_place(output)
         if os.name != "nt":
-            lock.unlink(missing_ok=True)
+            lock.unlink()
         os.close(handle)
         with contextlib.suppress(OSError):  # no folder is left behind by a run that came to nothing
             for path in made:
                 path.rmdir()
 
+    try:
+        move_into_place(output)  # what a killed run has left
+        yield output / BUILDING
+    finally:
+        with ThreadPoolExecutor() as undisturbed:  # as Ctrl-C stops the main thread only
+            undisturbed.submit(leave).result()
 
-def build(source, photos, classes, building, arguments):
+
+def build(photos, classes, building, options):
     """Make the three folders and split.csv in `building`. All photos start in train, where most of them will stay."""
     for split, name in itertools.product(SPLITS, classes):
         (building / split / name).mkdir(parents=True)
-    listed, train = [photo for photo in photos if not photo.note], building / "train"
-    # Processes, as Pillow's part in Python would make threads wait for each other.
-    pool = ProcessPoolExecutor(min(cores(), 61), initializer=follow_parent)
-    check = partial(examine, source=source, folder=train, link=arguments.link)
-    work = decode_photos([photo.source for photo in listed], check, "Checking and copying", pool)
-    with contextlib.closing(work):  # whatever happens, its workers have ended when the folder is cleared away
-        for photo, result in zip(listed, work, strict=True):
-            photo.sha256, photo.note, photo.thumbnail = result
-    find_copies([photo for photo in photos if not photo.note])
-    assign_splits(photos, classes, arguments.val_size, arguments.test_size, arguments.seed)
-    for photo in photos:
-        if photo.group and photo.note:
+    train = building / "train"
+    check = partial(examine, source=options.source, folder=train, link=options.link)
+    list(decode_photos([photo for photo in photos if not photo.note], check, "Checking and copying"))
+    usable = [photo for photo in photos if not photo.note]
+    find_copies(usable)
+    assign_splits(photos, classes, options.val_size, options.test_size, options.seed)
+    for photo in usable:
+        if photo.note:  # a label conflict
             (train / photo.source).unlink()
-        elif photo.split in ("validation", "test"):
+        elif photo.split != "train":
             (train / photo.source).rename(building / photo.split / photo.source)
-    with (building / "split.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with replace_when_whole(building / "split.csv") as partial_path, partial_path.open("w", **encoding) as file:
         writer = csv.writer(file)
         writer.writerow(("source", "class", "split", "sha256", "group", "note"))
         writer.writerows((it.source, it.class_name, it.split, it.sha256, it.group, it.note) for it in photos)
 
 
 def move_into_place(output):
-    """Put the splits in READY in the place of the old ones; goes on where an interrupted run stopped."""
-    ready, old = output / READY, output / READY / "old"
-    if ready.exists():
+    """Put a split that is built in the place of the old one, even if a run was killed on the way; clear up."""
+    building, old = output / BUILDING, output / BUILDING / "old"
+    if (building / "split.csv").exists():
         old.mkdir(exist_ok=True)
-        waiting = [name for name in RESULTS if (ready / name).exists()]
+        waiting = [name for name in RESULTS if (building / name).exists()]
         for name in waiting:
             if os.path.lexists(output / name):
                 (output / name).rename(old / name)
         for name in waiting:
-            (ready / name).rename(output / name)
-        shutil.rmtree(ready, ignore_errors=True)
-
-
-# ---- The run ---------------------------------------------------------------------------------------------------------
+            (building / name).rename(output / name)
+    shutil.rmtree(building, ignore_errors=True)
 
 
 def parse_options():
@@ -499,11 +452,12 @@ def parse_options():
     parser.add_argument("--seed", type=int, default=0, help="another seed, another split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the split that is in DIR")
     parser.add_argument("--link", action="store_true", help="make hard links instead of copies")
-    arguments = parser.parse_args()
-    for option, size in (("--val-size", arguments.val_size), ("--test-size", arguments.test_size)):
+    options = parser.parse_args()
+    options.source, options.output = Path(options.source), Path(options.output)
+    for option, size in (("--val-size", options.val_size), ("--test-size", options.test_size)):
         if not 0.01 <= size <= 0.99:
             raise Stop(f"{option} {size}: is no share of the photos.\nChoose one from 0.01 to 0.99, such as 0.15.")
-    return arguments
+    return options
 
 
 def refuse_overlap(source, classes, output):
@@ -522,47 +476,34 @@ def refuse_overlap(source, classes, output):
 
 def report(photos, classes):
     """Print what was left out and why, at most eight lines of each kind, and the table of counts."""
-    conflicts = {photo.group: photo for photo in photos if photo.note and photo.group}
-    skipped = [photo for photo in photos if photo.note and not photo.group]
-    for title, left_out in (("Skipped", skipped), ("Label conflicts, left out", [*conflicts.values()])):
+    for title, conflict in (("Skipped", False), ("Label conflicts, left out", True)):
+        left_out = [photo for photo in photos if photo.note and bool(photo.group) == conflict]
         if left_out:
             lines = (shown(f"{photo.source}: {photo.note}") for photo in left_out[:8])
             print(f"{title}: {len(left_out)} (see split.csv)", *lines, sep="\n  ")
-    columns, width = (*SPLITS, "skipped", "conflicts", "groups"), max(len(shown(name)) for name in classes)
+    columns, width = (*SPLITS, "skipped"), max(len(shown(name)) for name in classes)
     print(" " * width, *(f"{column:>10}" for column in columns))
     for name in classes:
-        members = [photo for photo in photos if photo.class_name == name]
-        counts = Counter("conflicts" if photo.group and photo.note else photo.split for photo in members)
-        counts["groups"] = len({photo.group for photo in members if photo.group})
+        counts = Counter(photo.split for photo in photos if photo.class_name == name)
         print(f"{shown(name):{width}}", *(f"{counts[column]:>10}" for column in columns))
 
 
 def main():
     """Split SOURCE as the command line says."""
-    arguments = parse_options()
-    source, output = Path(arguments.source), Path(arguments.output)
-    classes, photos = list_files(source)
-    refuse_overlap(source, classes, output)
-    with only_run_in(output):
-        building = output / BUILDING
-        shutil.rmtree(building, ignore_errors=True)
-        move_into_place(output)
-        present = [name for name in RESULTS if os.path.lexists(output / name)]
-        if present and not arguments.overwrite:
-            raise Stop(f"{shown(output)}: already holds {', '.join(present)}.\n--overwrite replaces them as a whole.")
-        try:
-            build(source, photos, classes, building, arguments)
-            with interrupts_held():
-                building.rename(output / READY)
-                move_into_place(output)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    options = parse_options()
+    classes, photos = list_files(options.source)
+    refuse_overlap(options.source, classes, options.output)
+    output = shown(options.output)
+    with only_run_in(options.output) as building:
+        present = [name for name in RESULTS if os.path.lexists(options.output / name)]
+        if present and not options.overwrite:
+            raise Stop(f"{output}: already holds {', '.join(present)}.\n--overwrite replaces them as a whole.")
+        build(photos, classes, building, options)
     report(photos, classes)
-    used = [photo for photo in photos if arguments.link and photo.split != "skipped"]
-    copied = [photo for photo in used if not (output / photo.split / photo.source).samefile(source / photo.source)]
-    if copied:
-        print(f"{len(copied)} photos were copied, as {shown(output)} cannot hold hard links to them.")
-    print(f"Next: python model_training_and_visualization.py --data {shown(output)}")
+    copied = sum(photo.split != "skipped" and not photo.linked for photo in photos)
+    if options.link and copied:
+        print(f"{copied} photos were copied, as {output} cannot hold hard links to them.")
+    print(f"Next: python model_training_and_visualization.py --data {output}")
 
 
 if __name__ == "__main__":
