@@ -4,7 +4,7 @@
     python model_training_and_visualization.py
 
 The sections follow a run: 1 photos, 2 network, 3 training, 4 judgement, 5 activation grids, 6 filter patterns,
-7 heatmaps, 8 gallery. Functions compute and return arrays; only save_*, write_*, draw_* and main touch the disk.
+7 heatmaps, 8 the page. Functions compute and return arrays; only save_*, write_*, draw_* and main touch the disk.
 """
 
 import argparse
@@ -20,9 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,13 +29,15 @@ import cv2
 import h5py
 import matplotlib
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from create_train_val_test import Stop, class_folders, cores, decode_photos, read_photo, replace_when_whole, run
 
-stderr = os.dup(2)
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory at hand: patterns climb faster
+terminal = os.dup(2)
 try:  # what TensorFlow says while it loads stays off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it
     if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -45,7 +45,7 @@ try:  # what TensorFlow says while it loads stays off the terminal, unless TF_CP
     import tensorflow as tf
     from keras import layers
 finally:
-    os.dup2(stderr, 2)
+    os.dup2(terminal, 2)
 
 # ---- Settings: what a reader of this study would change --------------------------------------------------------------
 
@@ -53,43 +53,31 @@ AUGMENTATION = {"rotation_range": 20, "width_shift_range": 0.2, "height_shift_ra
 GRID_CONVOLUTIONS = (1, 4, 9)  # in the order of their creation, counted from 1
 HEATMAP_LAYER = "mixed10"
 DELETED_FRACTION = 0.2  # of a photo, blurred away to see what its heatmap is worth
-PHOTO_MEMORY = 2**30  # bytes of decoded photos to keep; those beyond are decoded again in every epoch
 
 BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's blocks, from the photo to the classes
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-BACKGROUND, INK, PANEL_SIZE = 24, 235, 320  # the sheets' grey levels, and the side of a panel in pixels
+BACKGROUND = 24  # the sheets' grey level
 
 # ---- 1. Photos: from the split folders to augmented batches ----------------------------------------------------------
-#
 # Each photo is squeezed to the square that the network takes, as 0–255 RGB. Training photos are turned, shifted and
 # mirrored at random in every epoch, so that the network never meets the same picture twice and learns none by heart.
 
 
-def resize_photo(photo, size):
-    """Squeezes an (h, w, 3) uint8 photo into (size, size, 3), each new pixel a bilinear mean over its own area."""
-    return np.asarray(Image.fromarray(photo).resize((size, size), Image.Resampling.BILINEAR))
-
-
+@lru_cache(maxsize=4000)  # about 1 GB at 299 pixels; a larger set is decoded again in every epoch
 def network_input(path, size):
     """Reads a photo as the network is to see it: (size, size, 3) uint8 RGB. Raises Stop if it does not decode."""
-    return resize_photo(read_photo(path, at_least=size), size)
+    photo = Image.fromarray(read_photo(path, at_least=size))
+    return np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR))
 
 
 class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
     """ImageDataGenerator whose affine step is one OpenCV warp: the same picture as SciPy's, many times faster."""
 
-    seeding = threading.Lock()
-
-    def get_random_transform(self, img_shape, seed=None):
-        with self.seeding:  # Keras draws from NumPy's global generator, which all workers share
-            return super().get_random_transform(img_shape, seed)
-
     def apply_transform(self, x, transform_parameters):
         nothing = {"theta": 0, "tx": 0, "ty": 0, "shear": 0, "zx": 1, "zy": 1}
-        affine = nothing | {name: value for name, value in transform_parameters.items() if name in nothing}
-        if affine != nothing and self.fill_mode == "nearest":  # edges go on; the other modes stay with SciPy
-            flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            matrix = affine_matrix(x.shape[:2], **affine)[:2]
+        if self.fill_mode == "nearest":  # edges go on; the other modes stay with SciPy
+            affine = {name: transform_parameters.get(name, value) for name, value in nothing.items()}
+            matrix, flags = affine_matrix(x.shape[:2], **affine), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
             x = cv2.warpAffine(x, matrix, x.shape[1::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
             transform_parameters = transform_parameters | nothing
         return super().apply_transform(x, transform_parameters)
@@ -99,41 +87,24 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
 
 
 def affine_matrix(shape, theta, tx, ty, shear, zx, zy):
-    """The (3, 3) matrix from output to input pixels (x, y) that Keras composes of these; angles in degrees."""
+    """The (2, 3) matrix from output to input pixels (x, y) that Keras composes of these; angles in degrees."""
     theta, shear = np.deg2rad([theta, shear])
-    rotation = np.array([[np.cos(theta), -np.sin(theta), 0], [np.sin(theta), np.cos(theta), 0], [0, 0, 1]])
-    shift = np.array([[1, 0, tx], [0, 1, ty], [0, 0, 1]])
-    shearing = np.array([[1, -np.sin(shear), 0], [0, np.cos(shear), 0], [0, 0, 1]])
-    centre = np.eye(3)
-    centre[:2, 2] = np.array(shape) / 2 - 0.5
-    return centre @ rotation @ shift @ shearing @ np.diag([zx, zy, 1]) @ np.linalg.inv(centre)
+    rotation = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
+    linear = rotation @ [[zx, -np.sin(shear) * zy], [0, np.cos(shear) * zy]]
+    centre = np.array(shape) / 2 - 0.5
+    return np.column_stack([linear, centre + rotation @ [tx, ty] - linear @ centre])
 
 
 class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
-    """Batches ((n, size, size, 3) float32 0–255, (n, classes) one-hot) of the photos in a split folder.
+    """Batches ((n, size, size, 3) float32 0–255, (n, classes) one-hot) of the photos in a split folder."""
 
-    What a batch holds depends on the seed, the epoch and the batch's number alone, whichever worker builds it.
-    """
-
-    epoch = 0
+    epoch, seeding = 0, threading.Lock()  # Keras draws from NumPy's global generator, which all workers share
 
     def __init__(self, directory, generator, **options):
         super().__init__(directory, generator, **options)
-        self.workers, self.kept = min(8, cores()), {}  # number of the photo -> (size, size, 3) uint8
+        self.workers = min(8, cores())
 
-    def check_photos(self):
-        """Decodes each photo, in parallel, and keeps what fits into memory. Raises Stop naming the first bad one."""
-        decode, description = partial(network_input, size=self.target_size[0]), f"Checking {Path(self.directory).name}"
-        try:
-            for number, photo in enumerate(decode_photos(self.filepaths, decode, description)):
-                if photo.nbytes * (number + 1) <= PHOTO_MEMORY:
-                    self.kept[number] = photo
-        except Stop as stop:
-            raise Stop(
-                f"{stop}.\nRemove it, or split again, with --overwrite: a split leaves such photos out."
-            ) from stop
-
-    def __getitem__(self, batch_number):
+    def __getitem__(self, batch_number):  # the same for a seed, epoch and number, whichever worker builds it
         numbers = np.arange(self.n)
         if self.shuffle:
             np.random.default_rng([self.seed, self.epoch]).shuffle(numbers)
@@ -141,61 +112,53 @@ class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
         return np.stack([self.augmented(number) for number in numbers]), np.eye(self.num_classes)[self.classes[numbers]]
 
     def augmented(self, number):
-        photo = self.kept.get(number)
-        if photo is None:
-            photo = network_input(self.filepaths[number], self.target_size[0])
+        photo = network_input(self.filepaths[number], self.target_size[0]).astype("float32")
         seed = np.random.SeedSequence([self.seed, self.epoch, number]).generate_state(1)[0]
-        photo = self.image_data_generator.random_transform(photo.astype("float32"), seed)
-        return self.image_data_generator.standardize(photo)
+        with self.seeding:
+            parameters = self.image_data_generator.get_random_transform(photo.shape, seed)
+        return self.image_data_generator.standardize(self.image_data_generator.apply_transform(photo, parameters))
 
     def on_epoch_end(self):
         self.epoch += 1
 
 
-def split_classes(data, split):
-    """The names of the class folders in data/split. Raises Stop where there are not two."""
-    folder = data / split
-    names = class_folders(folder) if folder.is_dir() else []
-    if len(names) < 2:
-        lack = "needs two class folders or more" if folder.is_dir() else "no such folder"
-        raise Stop(f"{folder}: {lack}.\nSplit your photos: python create_train_val_test.py PHOTOS --output {data}")
-    return names
-
-
 def open_splits(data, names, size, batch_size, seed):
-    """Opens the named split folders, training photos augmented, and checks each photo: {name: PhotoIterator}.
+    """Opens the named split folders and decodes each photo once: {name: PhotoIterator}; "train" comes augmented.
 
-    Raises Stop where a class is empty, a photo does not decode, or the splits hold different classes.
+    Raises Stop where a class is missing or empty, a photo does not decode, or the splits hold different classes.
     """
-    classes, splits = {name: split_classes(data, name) for name in names}, {}
+    splits, again = {}, "split again, with --overwrite: python create_train_val_test.py PHOTOS --overwrite"
     for name in names:
-        if different := set(classes[name]) ^ set(classes[names[0]]):
-            folders, lists = f"{data / names[0]} and {data / name}", ", ".join(sorted(different))
-            raise Stop(f"{folders} hold different classes: {lists}.\nSplit again, with --overwrite.")
-        training = name == "train"
-        options = {"classes": classes[name], "target_size": (size, size), "shuffle": training, "seed": seed}
-        generator = PhotoGenerator(**AUGMENTATION if training else {})
-        splits[name] = generator.flow_from_directory(str(data / name), batch_size=batch_size, **options)
-        if empty := [k for k, label in splits[name].class_indices.items() if label not in splits[name].classes]:
-            raise Stop(f"{data / name}: no photos in {', '.join(empty)}.\nSplit again, with --overwrite.")
-    for photos in splits.values():
-        photos.check_photos()
+        folder = data / name
+        classes = class_folders(folder) if folder.is_dir() else []
+        if len(classes) < 2:
+            lack = "needs two class folders or more" if folder.is_dir() else "no such folder"
+            raise Stop(f"{folder}: {lack}.\nSplit your photos: python create_train_val_test.py PHOTOS --output {data}")
+        options = {"target_size": (size, size), "batch_size": batch_size, "seed": seed, "shuffle": name == "train"}
+        generator = PhotoGenerator(**AUGMENTATION if name == "train" else {})
+        splits[name] = generator.flow_from_directory(str(folder), classes=classes, **options)
+        if different := splits[name].class_indices.keys() ^ splits[names[0]].class_indices:
+            lists = f"hold different classes: {', '.join(sorted(different))}"
+            raise Stop(f"{data / names[0]} and {folder} {lists}.\nThen {again}")
+        if empty := [classes[k] for k in set(range(len(classes))) - set(splits[name].classes)]:
+            raise Stop(f"{folder}: no photos in {', '.join(empty)}.\nAdd some, and {again}")
+    for name, photos in splits.items():
+        try:
+            for _ in decode_photos(photos.filepaths, partial(network_input, size=size), f"Checking {name}"):
+                pass
+        except Stop as stop:
+            raise Stop(f"{stop}.\nRemove it, or {again}") from stop
     return splits
 
 
 # ---- 2. Network: InceptionV3 with a new head -------------------------------------------------------------------------
-#
 # The convolutions of InceptionV3 turn a photo into 2048 small maps ("mixed10"); their means go through a small
 # classifier, the head. The graph is flat, so that every layer can be asked for by its name, and the network scales the
 # pixels itself: whoever loads the saved file feeds plain photos and cannot get the range wrong.
 
 
 def build_network(class_count, image_size, weights):
-    """InceptionV3 on 0–255 RGB with a softmax over the classes.
-
-    weights: "none" (random), "imagenet" (Keras's download), a weights file or a saved model of the same backbone.
-    Raises Stop for a file without InceptionV3's weights, and where the download fails.
-    """
+    """InceptionV3 on 0–255 RGB with a softmax over the classes; weights: "none", "imagenet" or a file, see --help."""
     photo = keras.Input((image_size, image_size, 3), name="photo")
     scaled = layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(photo)  # to [-1, 1], as ImageNet's weights expect
     base = keras.applications.InceptionV3(include_top=False, weights=None, input_tensor=scaled)
@@ -211,56 +174,48 @@ def build_network(class_count, image_size, weights):
 
 
 def load_imagenet_weights(base):
+    """Gives the backbone ImageNet's weights, which Keras downloads once. Raises Stop where it cannot."""
     address = sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
     try:
-        pretrained = keras.applications.InceptionV3(include_top=False, weights="imagenet")
+        base.set_weights(keras.applications.InceptionV3(include_top=False, weights="imagenet").get_weights())
     except Exception as error:  # Keras raises a bare Exception where it cannot reach the address
         cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / address.rpartition("/")[2]
         raise Stop(
-            f"ImageNet's weights cannot be fetched from {address}\n"
-            f"Put that file by hand at {cache},\n"
+            f"ImageNet's weights cannot be fetched from {address}\nPut that file by hand at {cache},\n"
             "or start from a file of your own with --weights FILE, or from scratch with --weights none.",
             exit_code=1,
         ) from error
-    base.set_weights(pretrained.get_weights())
 
 
 def load_backbone_weights(base, path):
+    """Gives the backbone the weights of a file or of a saved model's backbone. Raises Stop for other files."""
     if not path.is_file():
         raise Stop(f"--weights {path}: no such file. Give imagenet, none, or a weights file or model of InceptionV3.")
     try:
-        if path.suffix == ".keras" or holds_a_network(path):
+        if path.suffix == ".keras" or "model_config" in h5py.File(path).attrs:  # a whole network
             saved = keras.saving.load_model(path, compile=False)  # in safe mode: no code from the file is run
             base.set_weights(keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output).get_weights())
         else:
             base.load_weights(path)
     except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        raise Stop(
-            f"--weights {path}: does not hold InceptionV3's weights ({first_line(error)}).\n"
-            "Give a .keras model of this script, or an .h5 weights file of InceptionV3 without its top."
-        ) from error
+        remedy = "Give a .keras model of this script, or an .h5 weights file of InceptionV3 without its top."
+        raise Stop(f"--weights {path}: does not hold InceptionV3's weights.\n{remedy}") from error
 
 
-def holds_a_network(path):
-    """True for an .h5 file of a whole model; one of weights alone does not tell how the network is built."""
-    with h5py.File(path) as file:
-        return "model_config" in file.attrs
-
-
-def load_network(path, class_count):
+def load_network(path):
     """Loads a saved classifier to draw the pictures from. Raises Stop naming what it lacks."""
     if not path.is_file():
         raise Stop(f"--model {path}: no such file. Train one first (without --skip-training), or name another.")
     try:
         network = keras.saving.load_model(path, compile=False)  # in safe mode: no code from the file is run
     except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        raise Stop(f"--model {path}: cannot be loaded ({first_line(error)}).\nTrain one, or name another.") from error
-    if lack := what_network_lacks(network, class_count):
+        raise Stop(f"--model {path}: is no network that Keras can load.\nTrain one, or name another.") from error
+    if lack := what_network_lacks(network):
         raise Stop(f"--model {path}: the pictures need {lack}.\nName another, or train one.")
     return network
 
 
-def what_network_lacks(network, class_count):
+def what_network_lacks(network):
     """What keeps a network from being a flat InceptionV3 classifier of 0–255 RGB, in words; None if nothing does."""
     convolutions, shape = in_creation_order(network, layers.Conv2D), network.input_shape[1:]
     if len(convolutions) != 94 or not set(BLOCKS) <= {layer.name for layer in network.layers}:
@@ -273,42 +228,26 @@ def what_network_lacks(network, class_count):
         return "a scaling of 0–255 RGB inside, as Rescaling(1/127.5, offset=-1) after the input"
     if getattr(network.layers[-1], "activation", None) is not keras.activations.softmax:
         return "a softmax at its end"
-    if network.output_shape[-1] != class_count:
-        return f"{class_count} classes like the split folders, not {network.output_shape[-1]}"
     return None
 
 
 def in_creation_order(network, layer_type):
-    """The network's layers of one type, first created first.
-
-    Keras sorts network.layers by depth, and its names count on over all networks of a process: the first convolution
-    may be called "conv2d" or "conv2d_94". The number at the end of the name still tells the order of creation.
-    """
+    """The network's layers of one type, first created first."""
+    # Keras sorts network.layers by depth, and its names count on over all networks of a process: the first convolution
+    # may be called "conv2d" or "conv2d_94". The number at the end of the name still tells the order of creation.
     chosen = [layer for layer in network.layers if isinstance(layer, layer_type)]
     return sorted(chosen, key=lambda layer: int(re.search(r"(?:_(\d+))?$", layer.name)[1] or 0))
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).partition("\n")[0][:150]
-
-
 # ---- 3. Training: first the head, then the network -------------------------------------------------------------------
-#
 # Pretrained layers know edges, petals and textures; a new head knows nothing, and its first wild gradients would spoil
 # them. So the head learns alone on the frozen base ("head"), then the upper blocks follow at a low learning rate that
 # falls along a cosine ("fine-tuning"). From scratch all layers learn at once, after a short warm-up ("scratch").
 
 
-@dataclass
-class Phase:
-    """A stretch of epochs, counted from 0, in which the layers from a block up learn at one peak learning rate."""
-
-    name: str
-    first: int
-    last: int  # the epoch after its last
-    freeze_below: str  # a block, "head" or "none"
-    learning_rate: float
-    cosine: bool
+# A stretch of epochs, from first to before last, counted from 0, in which the layers from a block up learn ("head": the
+# head alone, "none": all) at one rate, or up to it and down to 0 along a cosine.
+Phase = namedtuple("Phase", "name first last freeze_below learning_rate cosine")
 
 
 def training_phases(epochs, weights, freeze_below, learning_rate=None):
@@ -322,15 +261,12 @@ def training_phases(epochs, weights, freeze_below, learning_rate=None):
 
 
 def freeze(network, below):
-    """Lets the layers from a block up learn and no others; "head" leaves only the head, "none" freezes nothing.
-
-    BatchNormalization of a frozen layer runs in inference mode: Keras couples the two.
-    """
+    """Lets the layers from a block up learn and no others; "head" leaves only the head, "none" freezes nothing."""
     stem_end = in_creation_order(network, layers.MaxPooling2D)[1].name if below != "none" else None
     last_frozen = {"none": None, "head": BLOCKS[-1], **dict(zip(BLOCKS, [stem_end, *BLOCKS], strict=False))}[below]
     frozen = keras.Model(network.input, network.get_layer(last_frozen).output).layers if last_frozen else []
     for layer in network.layers:
-        layer.trainable = layer not in frozen
+        layer.trainable = layer not in frozen  # a frozen BatchNormalization also runs in inference mode
 
 
 def compile_for(network, phase, steps_per_epoch):
@@ -339,9 +275,8 @@ def compile_for(network, phase, steps_per_epoch):
     rate, steps = phase.learning_rate, steps_per_epoch * (phase.last - phase.first)
     if phase.cosine:
         warm_up = max(1, steps // 10)
-        rate = keras.optimizers.schedules.CosineDecay(
-            0.0, max(1, steps - warm_up), warmup_target=rate, warmup_steps=warm_up
-        )
+        cosine = partial(keras.optimizers.schedules.CosineDecay, warmup_target=rate, warmup_steps=warm_up)
+        rate = cosine(0.0, max(1, steps - warm_up))
     network.compile(keras.optimizers.Adam(rate), loss="categorical_crossentropy", metrics=["accuracy"])
     # Optimizer and metrics make their variables now: made in the first step, they would have it traced twice.
     network.optimizer.build(network.trainable_variables)
@@ -358,8 +293,7 @@ class EpochBar(keras.callbacks.Callback):
         self.bar, self.phase, self.photos = bar, phase, photos
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.title = f"Epoch {epoch + 1}/{self.params['epochs']} {self.phase.name}"
-        self.start = time.perf_counter()
+        self.title, self.start = f"Epoch {epoch + 1}/{self.phase.last} {self.phase.name}", time.perf_counter()
         self.task = self.bar.add_task(self.title, total=self.photos.n, speed="")
 
     def on_train_batch_end(self, batch, logs=None):
@@ -369,7 +303,7 @@ class EpochBar(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.bar.remove_task(self.task)
-        figures = "  ".join(f"{name} {logs[name]:.4f}" for name in METRICS if name in logs)
+        figures = "  ".join(f"{name} {logs[name]:.4f}" for name in METRICS)
         print(f"{self.title}: {figures}  ({time.perf_counter() - self.start:.0f} s)", flush=True)
 
 
@@ -378,14 +312,13 @@ class EpochBackup(keras.callbacks.Callback):
 
     Keras's BackupAndRestore overwrites its files in place and keeps neither history nor best epoch. Here an epoch
     counts once state.json, written last, names it: a kill at any moment leaves whole epochs. The last two stay, in case
-    the last cannot be read, and the best so far of both.
+    the last cannot be read, and the best so far of both. Raises Stop where the loss is no longer a number.
     """
 
     def __init__(self, folder, settings):
         super().__init__()
         self.folder, self.settings, self.run_name = folder, settings, f"{time.time_ns():x}"
         self.history = {name: [] for name in METRICS}
-        self.failed = False
 
     @property
     def epochs(self):
@@ -393,31 +326,28 @@ class EpochBackup(keras.callbacks.Callback):
 
     @property
     def best_epoch(self):
-        """The epoch of the lowest validation loss, counted from 1."""
-        return int(np.argmin(self.history["val_loss"])) + 1
+        """The epoch of the lowest validation loss, counted from 1; 0 before the first."""
+        return int(np.argmin(self.history["val_loss"])) + 1 if self.epochs else 0
 
     def weights_file(self, epoch):
         return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"  # HDF5 itself crashes on a full disk
 
     def on_epoch_end(self, epoch, logs=None):
-        self.failed = not np.isfinite([logs[name] for name in ("loss", "val_loss") if name in logs]).all()
-        if self.failed:
-            return
-        before, needed = self.history, set()
-        if self.epochs:
-            needed |= {self.weights_file(self.epochs), self.weights_file(self.best_epoch)}
-        self.history = {name: [*values, float(logs[name])] for name, values in before.items()}
-        needed |= {self.weights_file(self.epochs), self.weights_file(self.best_epoch)}
+        if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
+            rate = f"at learning rate {float(self.model.optimizer.learning_rate):.2g}"
+            kept = f"Best weights so far: {self.weights_file(self.best_epoch)}. " if self.epochs else ""
+            remedy = f"{kept}Train with a smaller --learning-rate."
+            raise Stop(f"The loss became NaN in epoch {epoch + 1} {rate}.\n{remedy}", exit_code=1)
+        history = {name: [*values, float(logs[name])] for name, values in self.history.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with replace_when_whole(self.weights_file(self.epochs)) as partial:
-                self.model.save(partial)
-            state = {"run_name": self.run_name, "settings": self.settings, "history": self.history}
-            write_json(self.folder / "state.json", state)
-        except BaseException:  # Ctrl-C among them: an epoch that is not written is not kept
-            self.history = before
-            raise
-        for file in set(self.folder.glob("*.keras")) - needed:
+        with replace_when_whole(self.weights_file(epoch + 1)) as partial:
+            self.model.save(partial)
+        state = {"run_name": self.run_name, "settings": self.settings, "history": history}
+        write_json(self.folder / "state.json", state)
+        needed = {self.epochs, self.best_epoch}
+        self.history = history
+        needed |= {self.epochs, self.best_epoch}
+        for file in set(self.folder.glob("*.keras")) - {self.weights_file(number) for number in needed}:
             file.unlink()
 
     def resume(self, network):
@@ -433,11 +363,10 @@ class EpochBackup(keras.callbacks.Callback):
         for epoch in range(len(state["history"]["loss"]), 0, -1):
             try:
                 network.load_weights(self.weights_file(epoch))
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                print(f"{self.weights_file(epoch)}: {first_line(error)}. Going on from the epoch before it.")
-                continue
-            self.history = {name: values[:epoch] for name, values in state["history"].items()}
-            return
+                self.history = {name: values[:epoch] for name, values in state["history"].items()}
+                return
+            except Exception:  # a file that was cut off can fail in many ways
+                print(f"{self.weights_file(epoch)}: cannot be read. Going on from the epoch before it.")
         raise Stop(f"--resume: no epoch in {self.folder} can be read. Leave out --resume to start a new run.", 1)
 
 
@@ -464,34 +393,23 @@ def train(network, splits, phases, backup):
             network.load_weights(backup.weights_file(backup.epochs))  # now with the optimizer's own state
         photos.epoch = backup.epochs
         with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-            callbacks = [keras.callbacks.TerminateOnNaN(), backup, EpochBar(bar, phase, photos)]  # told when it is kept
-            options = {"initial_epoch": backup.epochs, "epochs": phase.last, "verbose": 0}
-            options["shuffle"] = False  # photos shuffles itself, by seed and epoch; Keras would shuffle the batches too
-            try:
-                network.fit(photos, validation_data=splits["validation"], callbacks=callbacks, **options)
+            callbacks = [keras.callbacks.TerminateOnNaN(), backup, EpochBar(bar, phase, photos)]
+            options = {"initial_epoch": backup.epochs, "epochs": phase.last, "callbacks": callbacks, "verbose": 0}
+            try:  # photos shuffles itself, by seed and epoch; Keras would shuffle the batches too
+                network.fit(photos, validation_data=splits["validation"], shuffle=False, **options)
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
                 raise Stop("Out of memory. Train with a smaller --batch-size or --image-size.", 1) from error
             except KeyboardInterrupt:
                 if backup.epochs:
                     print(f"Epochs kept: {backup.epochs}; the same command with --resume goes on.", flush=True)
                 raise
-        if backup.failed:
-            rate = float(network.optimizer.learning_rate)
-            kept = f"Best weights so far: {backup.weights_file(backup.best_epoch)}. " if backup.epochs else ""
-            raise Stop(
-                f"The loss became NaN in epoch {backup.epochs + 1} at learning rate {rate:.2g}.\n"
-                f"{kept}Train with a smaller --learning-rate.",
-                exit_code=1,
-            )
 
 
-def training_policy(mixed_precision):
-    """Keras's dtype policy: half precision where it is asked for and the machine computes in it."""
-    if not mixed_precision:
-        return "float32"
+def half_precision():
+    """Keras's dtype policy for half precision, or for full precision where the machine does not compute in it."""
+    cpu = Path("/proc/cpuinfo")
     if tf.config.list_physical_devices("GPU"):
         return "mixed_float16"
-    cpu = Path("/proc/cpuinfo")
     if cpu.is_file() and {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu.read_text().split()):
         return "mixed_bfloat16"
     print("--mixed-precision: no GPU, nor a CPU that is known to compute in bfloat16; going on in float32.")
@@ -501,193 +419,150 @@ def training_policy(mixed_precision):
 def training_strategy():
     """Mirrors the network over all GPUs (or logical CPUs) where there are several."""
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if len(devices) == 1:
-        return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
+    several = len(devices) > 1
+    return tf.distribute.MirroredStrategy([it.name for it in devices]) if several else tf.distribute.get_strategy()
 
 
 # ---- 4. Judgement: what the network gets right and wrong -------------------------------------------------------------
-#
 # The test photos took no part in training, nor in the choice of the best epoch: their figures tell how the network does
 # on photos that it has never met. They are asked for once, at the end.
 
 
-def loss_and_accuracy(probabilities, labels):
-    """Mean cross-entropy and accuracy of (n, classes) probabilities for (n,) true classes."""
-    true = np.maximum(probabilities[np.arange(len(labels)), labels], keras.config.epsilon())
-    return {"loss": float(-np.log(true).mean()), "accuracy": float((probabilities.argmax(1) == labels).mean())}
-
-
-def confusion_matrix(probabilities, labels):
-    """(classes, classes) counts; row: true class, column: predicted class."""
-    counts = np.zeros((probabilities.shape[1],) * 2, int)
-    np.add.at(counts, (labels, probabilities.argmax(1)), 1)
-    return counts
-
-
-def precision_and_recall(confusions, class_names):
-    """Precision and recall of each class, as the lines of a table."""
+def class_report(confusions, class_names):
+    """Lines of precision and recall of each class, and one on the two classes most often taken for each other."""
     width = max(map(len, class_names))
-    yield f"{'class':{width}}  precision  recall  photos"
+    lines = [f"{'class':{width}}  precision  recall  photos"]
     for k, name in enumerate(class_names):
         predicted, photos = confusions[:, k].sum(), confusions[k].sum()
-        precision = f"{confusions[k, k] / predicted:.2f}" if predicted else "-"
-        yield f"{name:{width}}  {precision:>9}  {confusions[k, k] / photos:6.2f}  {photos:6}"
-
-
-def most_confused(confusions, class_names):
-    """A sentence on the two classes that are most often taken for each other."""
+        precision = f"{confusions[k, k] / predicted:.2f}" if predicted else "—"
+        lines.append(f"{name:{width}}  {precision:>9}  {confusions[k, k] / photos:6.2f}  {photos:6}")
     mixed_up = np.triu(confusions + confusions.T, 1)
-    if not mixed_up.any():
-        return "No class is taken for another."
     one, other = np.unravel_index(mixed_up.argmax(), mixed_up.shape)
-    photos = confusions[[one, other]].sum()
-    return f"Most confused: {class_names[one]} and {class_names[other]}, {mixed_up[one, other]} of {photos} photos."
+    pair = f"{class_names[one]} and {class_names[other]}, {mixed_up.max()} of {confusions[[one, other]].sum()} photos"
+    return "\n".join([*lines, f"Most confused: {pair}." if mixed_up.any() else "No class is taken for another."])
 
 
 def telling_photos(probabilities, labels):
     """Numbers of the photos, most telling first: the surest right one, the worst mistakes, the least certain."""
-    true = probabilities[np.arange(len(labels)), labels]
-    right = probabilities.argmax(1) == labels
+    true, right = probabilities[np.arange(len(labels)), labels], probabilities.argmax(1) == labels
     surest = np.argmax(np.where(right, true, -1))
     return [surest, *(number for number in np.lexsort((true, right)) if number != surest)]
 
 
 def save_training_curves(path, history, phases):
-    """Draws loss and accuracy after each epoch; shaded: the phases, {name: epochs}; red: the epoch that is kept."""
-    figure = Figure(figsize=(11, 4))
-    epochs, best = np.arange(1, len(history["loss"]) + 1), int(np.argmin(history["val_loss"]))
+    """Draws loss and accuracy after each epoch; dotted: the phases, {name: epochs}; red: the epoch that is kept."""
+    figure, best = Figure(figsize=(11, 4), layout="constrained"), int(np.argmin(history["val_loss"]))
     for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for name, values in (("training", history[metric]), ("validation", history[f"val_{metric}"])):
-            axes.plot(epochs, values, "o-", label=name)
-        axes.plot(best + 1, history[f"val_{metric}"][best], "o", color="crimson", markersize=10, label="kept")
-        start = 0.5
-        for k, (name, length) in enumerate(phases.items()):
-            axes.axvspan(start, start + length, color="grey", alpha=0.16 / (k + 1), linewidth=0)
-            axes.text(start + 0.1, 1.01, name, transform=axes.get_xaxis_transform(), color="dimgrey")
-            start += length
-        axes.set(xlabel="epoch", ylabel=metric, xlim=(0.5, len(epochs) + 0.5))
-        axes.grid(alpha=0.3)
+            axes.plot(range(1, len(values) + 1), values, "o-", label=name)
+        axes.plot(best + 1, history[f"val_{metric}"][best], "o", color="red", markersize=10, label="kept")
+        for name, start in zip(phases, np.cumsum([0.5, *phases.values()])[:-1], strict=True):
+            axes.axvline(start, linestyle=":")
+            axes.text(start, 1.01, name, transform=axes.get_xaxis_transform())
+        axes.set(xlabel="epoch", ylabel=metric)
         axes.legend()
     save_figure(path, figure)
 
 
 def save_confusion_matrix(path, confusions, class_names):
     """Draws how often each true class (row) is taken for each class (column)."""
-    shares = confusions / np.maximum(1, confusions.sum(1, keepdims=True))
-    axes = axes_of_numbers(confusions, shares, "Blues", white=shares > 0.5)
+    axes = axes_of_numbers(confusions, confusions / np.maximum(1, confusions.sum(1, keepdims=True)), "Blues_r")
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
     axes.set_yticks(range(len(class_names)), class_names)
     axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusions)} of {confusions.sum()} test photos right")
     save_figure(path, axes.figure)
 
 
-def axes_of_numbers(numbers, shares, colours, white):
-    """Axes with a cell for each of the (h, w) numbers, coloured by its share, 0–1; where white, in white letters."""
-    figure = Figure(figsize=(1.6 + 0.9 * numbers.shape[1], 1.2 + 0.8 * len(numbers)))
-    axes = figure.subplots()
+def axes_of_numbers(numbers, shares, colours):
+    """Axes with a cell for each of the (h, w) numbers, coloured by its share, 0–1."""
+    axes = Figure(figsize=(1.6 + 0.9 * numbers.shape[1], 1.2 + 0.8 * len(numbers))).subplots()
     axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
+    axes.set(xticks=range(numbers.shape[1]), yticks=range(len(numbers)))
     for (row, column), value in np.ndenumerate(numbers):
-        axes.text(
-            column, row, f"{value:.3g}", ha="center", va="center", color="white" if white[row, column] else "black"
-        )
+        box = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 2}
+        axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white", bbox=box)
     return axes
 
 
-def save_figure(path, figure):
+def save_figure(path, figure, dpi=130):
+    """Writes a figure, cut to what is drawn on it, in the format that the suffix names."""
     with replace_when_whole(path) as partial:
-        figure.savefig(partial, dpi=130, bbox_inches="tight")
+        colours = {"quality": 92, "subsampling": 0}  # as sharp as brightness
+        figure.savefig(partial, dpi=dpi, bbox_inches="tight", pad_inches=0.05, pil_kwargs=colours)
     print(path, flush=True)
 
 
 # ---- 5. Activation grids: what each channel of a layer answers -------------------------------------------------------
-#
 # A convolution turns the photo into channels, one for each of its filters: maps of where the filter found its pattern.
 # The first look like edge and colour drawings of the photo; deeper ones are coarser and answer to parts. The ReLU that
 # follows (ReLU.png) keeps what is positive, and that is all that the next layer gets to see.
 
-
-def activations(network, photo, layer_names):
-    """Answers of the named layers to one (size, size, 3) photo, from one forward pass: a list of (h, w, channels)."""
-    probe = keras.Model(network.input, [network.get_layer(name).output for name in layer_names])
-    return [np.asarray(answer[0], "float32") for answer in probe(photo[None].astype("float32"))]
+# Blue for negative answers, black for 0, red to yellow for positive ones.
+ANSWERS = ListedColormap([*matplotlib.colormaps["berlin"].colors[:128], *matplotlib.colormaps["inferno"].colors])
 
 
-def channel_cells(activation, size):
-    """Pictures of the channels of an (h, w, channels) activation: (channels, size, size, 3) uint8, and which are dead.
-
-    Black is 0, blue is negative, red to yellow positive; the 99.5th percentile of a channel's absolute values has full
-    colour, so that one hot pixel does not turn all others black. A dead channel, 0 everywhere, is a grey cross.
-    """
-    strength = np.abs(activation)
-    dead = ~activation.any((0, 1))
+def channel_cells(activation):
+    """Pictures (channels, size, size, 3) uint8 of an (h, w, channels) activation, and which channels are dead."""
+    size = int(np.clip(1800 / math.sqrt(activation.shape[2]), 24, 96))
+    strength, dead = np.abs(activation), ~activation.any((0, 1))
+    # Not the highest value has full colour: one hot pixel would turn all others black.
     full = np.percentile(strength, 99.5, axis=(0, 1))
     full = np.where(full > 0, full, strength.max((0, 1))) + dead
-    scaled = np.clip(activation / full, -1, 1)
-    warm, cold = matplotlib.colormaps["inferno"](np.abs(scaled)), matplotlib.colormaps["berlin"](0.5 + scaled / 2)
-    colours = (255 * np.where(scaled[..., None] >= 0, warm, cold)[..., :3]).astype("uint8")
+    places = np.clip(activation / full, -1, 1) * np.where(activation < 0, 127, 255) + 128
+    colours = ANSWERS(places.astype(int), bytes=True)[..., :3]
     smooth = cv2.INTER_AREA if activation.shape[0] > size else cv2.INTER_NEAREST
     cells = np.stack([cv2.resize(colours[:, :, k], (size, size), interpolation=smooth) for k in range(len(dead))])
     diagonals = np.eye(size, dtype=bool) | np.eye(size, dtype=bool)[::-1]
-    cells[dead] = np.where(diagonals[..., None], 150, 70)
+    cells[dead] = np.where(diagonals[..., None], 150, 70)  # a grey cross
     return cells, dead
 
 
-def tile(cells, columns, gap=2):
-    """One (height, width, 3) sheet of the (n, h, w, 3) cells in reading order, the last row filled up."""
+def tile(cells, columns, frames=BACKGROUND, gap=2):
+    """One sheet of the (n, h, w, 3) cells in reading order, in frames of these colours; the last row is filled up."""
     count, height, width, _ = cells.shape
     rows = -(-count // columns)
-    sheet = np.full((rows * columns, height + gap, width + gap, 3), BACKGROUND, "uint8")
-    sheet[:count, :height, :width] = cells
-    sheet = sheet.reshape(rows, columns, height + gap, width + gap, 3).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * (height + gap), columns * (width + gap), 3)
-    return np.pad(sheet, ((gap, 0), (gap, 0), (0, 0)), constant_values=BACKGROUND)
+    sheet = np.full((rows * columns, height + 2 * gap, width + 2 * gap, 3), BACKGROUND, "uint8")
+    sheet[:count] = frames
+    sheet[:count, gap:-gap, gap:-gap] = cells
+    sheet = sheet.reshape(rows, columns, *sheet.shape[1:]).swapaxes(1, 2)
+    return sheet.reshape(rows * sheet.shape[1], -1, 3)
 
 
-def with_title(picture, title):
-    """The (h, w, 3) picture below its title, whose letters shrink where a line is too long for the width: uint8 RGB."""
-    width, lines = picture.shape[1], title.count("\n") + 1
-    file = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
-    size = max(12, width / 64)
-    band = Image.new("RGB", (width, int((1.35 * lines + 0.6) * size)), (BACKGROUND,) * 3)
-    widest = max(ImageFont.truetype(file, size).getlength(line) for line in title.splitlines())
-    font = ImageFont.truetype(file, size * min(1, (width - 12) / widest))
-    ImageDraw.Draw(band).multiline_text((6, size / 3), title, (INK,) * 3, font, spacing=size / 4)
-    return np.concatenate([np.asarray(band), picture])
+def save_sheet(path, sheet, title):
+    """Writes the (height, width, 3) sheet, pixel for pixel, under its title."""
+    figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(sheet)
+    axes.set_axis_off()
+    axes.set_title(title, loc="left")
+    save_figure(path, figure, dpi=100)
 
 
-def activation_grid(activation, layer_name, photo_name):
-    """Titled sheet of all channels of an (h, w, channels) activation, 16 in a row: (height, width, 3) uint8."""
-    height, width, channels = activation.shape
-    cells, dead = channel_cells(activation, int(np.clip(1800 / math.sqrt(channels), 24, 96)))
-    fired = f"{dead.sum()} did not fire (crossed)" if dead.any() else "all channels fired"
-    return with_title(
-        tile(cells, columns=16),
-        f"{layer_name}: {height} × {width} cells × {channels} channels, on {photo_name}\n"
-        f"black 0, red to yellow positive, blue negative, each channel on a scale of its own; {fired}",
-    )
-
-
-def save_picture(path, picture):
-    """Writes an (h, w, 3) uint8 picture in the format that the suffix names."""
-    with replace_when_whole(path) as partial:
-        Image.fromarray(picture).save(partial, quality=92, subsampling=0)  # colours as sharp as brightness
-    print(path, flush=True)
-
-
-def save_relu(path):
-    """Draws the function that follows each convolution."""
-    figure = Figure(figsize=(5, 3.5))
-    axes = figure.subplots()
-    x = np.linspace(-5, 5, 201)
-    axes.plot(x, np.maximum(0, x), color="crimson", linewidth=3)
+def draw_grids(output, network, explained):
+    """Draws the photo, and a sheet of all channels of some convolutions and of their ReLUs: {file: caption}."""
+    with replace_when_whole(output / "OriginalImage.jpeg") as partial:
+        Image.fromarray(explained.photo).save(partial, quality=92)
+    axes, x = Figure(figsize=(5, 3.5)).subplots(), np.linspace(-5, 5, 201)
+    axes.plot(x, np.maximum(0, x), linewidth=3)
     axes.set(title="ReLU(x) = max(0, x)", xlabel="x: answer of a filter", ylabel="what the next layer sees")
-    axes.grid(alpha=0.3)
-    save_figure(path, figure)
+    save_figure(output / "ReLU.png", axes.figure)
+    shown = {"OriginalImage.jpeg": explained.name, "ReLU.png": "ReLU keeps what is positive"}
+    chosen = {}
+    for number in GRID_CONVOLUTIONS:
+        chosen[f"conv2d_{number}_grid.jpg"] = in_creation_order(network, layers.Conv2D)[number - 1]
+        chosen[f"activation_{number}_grid.jpg"] = in_creation_order(network, layers.Activation)[number - 1]
+    probe = keras.Model(network.input, [layer.output for layer in chosen.values()])  # one forward pass for all
+    for (file, layer), answer in zip(chosen.items(), probe(explained.pixels[None].astype("float32")), strict=True):
+        height, width, channels = answer.shape[1:]
+        cells, dead = channel_cells(answer[0].numpy())
+        shown[file] = f"{layer.name}: {height} × {width} cells × {channels} channels, on {explained.name}"
+        fired = f"{dead.sum()} did not fire (crossed)" if dead.any() else "all channels fired"
+        scale = f"black 0, red to yellow positive, blue negative, each channel on a scale of its own; {fired}"
+        save_sheet(output / file, tile(cells, columns=16), f"{shown[file]}\n{scale}")
+    return shown
 
 
 # ---- 6. Filter patterns: what each filter looks for ------------------------------------------------------------------
-#
 # Each filter gets a blank image of its own, which climbs the gradient of the filter's mean answer: it becomes what the
 # filter looks for. As in "Feature Visualization" (Olah et al., 2017) what climbs are not pixels but the waves that the
 # image is made of, long ones faster than short ones, in colours that are as independent as those of photos.
@@ -707,7 +582,7 @@ PATTERN_STEPS = 30  # by then the pictures are strong; more steps only drive col
 PATTERN_RATE = 0.3
 PATTERN_STARTS = 3  # a blank image, then noise for the filters that did not fire
 SHORTEST_WAVELENGTH = 4  # pixels: without shorter waves the answer hardly drops, and the speckle is gone
-FILTERS_AT_ONCE = 16  # more are no faster on a CPU and take more memory
+FILTERS_AT_ONCE = 8  # more are no faster on a CPU and take more memory
 
 # Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red, green and blue,
 # columns are brightness, blue to yellow and green to magenta. Scaled to the length of the first column, and the last
@@ -717,11 +592,9 @@ COLOURS = COLOUR_CORRELATION_ROOT / np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0]
 
 
 def fourier_basis(size, longest_wavelength):
-    """The waves of a real Fourier transform, (waves, size), and the 1/f scale of their coefficients, (waves, waves).
-
-    The waves cos + sin of positive and negative frequencies (Hartley, 1942) span what complex Fourier waves span, with
-    real coefficients; two small matrix products then cost less than a fast transform, which keeps all frequencies.
-    """
+    """The waves of a real Fourier transform, (waves, size), and the 1/f scale of their coefficients, (waves, waves)."""
+    # cos + sin of positive and negative frequencies (Hartley, 1942) span what complex waves span, with real
+    # coefficients; two small matrix products then cost less than a fast transform, which keeps all frequencies.
     cycles = np.fft.fftfreq(size, 1 / size)
     cycles = cycles[np.abs(cycles) <= size / SHORTEST_WAVELENGTH]
     angle = 2 * np.pi * np.outer(cycles, np.arange(size)) / size
@@ -730,11 +603,9 @@ def fourier_basis(size, longest_wavelength):
 
 
 def fourier_to_image(coefficients, waves, scale):
-    """Coefficients (n, 3, waves, waves) of independent colours as RGB images (n, size, size, 3), 0–255.
-
-    The sigmoid keeps each value in range, so that the picture shown is exactly the one that the network was given.
-    """
+    """Coefficients (n, 3, waves, waves) of independent colours as RGB images (n, size, size, 3), 0–255."""
     planes = tf.matmul(waves, tf.matmul(scale * coefficients, waves), transpose_a=True)  # (n, 3, size, size)
+    # In range without being cut off: the picture shown is exactly the one that the network was given.
     return 255 * tf.sigmoid(tf.einsum("ncyx,rc->nyxr", planes, COLOURS))
 
 
@@ -746,18 +617,11 @@ def cut_network(network, layer_names):
 
 
 def ascent_function(cut, waves, scale, damping):
-    """A function that climbs to images which raise the mean of their own filter in the first output of the cut network.
+    """A function that climbs from coefficients (n, 3, waves, waves) to those whose images fire their filters (n,)."""
+    # All that varies is a tensor of a declared shape, so that it is traced once, whatever the filters.
+    coefficients, filters = tf.TensorSpec((None, 3, *scale.shape)), tf.TensorSpec((None,), tf.int32)
 
-    It takes coefficients (n, 3, waves, waves), filters (n,) and one shift (down, right) a step, and returns the
-    coefficients at the top. All that varies is a tensor of a declared shape, so that it is traced once.
-    """
-    shapes = [
-        tf.TensorSpec((None, 3, *scale.shape)),
-        tf.TensorSpec((None,), tf.int32),
-        tf.TensorSpec((None, 2), tf.int32),
-    ]
-
-    @tf.function(input_signature=shapes)
+    @tf.function(input_signature=[coefficients, filters, tf.TensorSpec((None, 2), tf.int32)])
     def climb(coefficients, filters, shifts):
         mean, variance, step = tf.zeros_like(coefficients), tf.zeros_like(coefficients), 0.0
         for shift in shifts:
@@ -781,16 +645,14 @@ def ascent_function(cut, waves, scale, damping):
             coefficients += rate * mean / (1 - 0.9**step) / (tf.sqrt(damped / (1 - 0.999**step)) + 1e-12)
         return coefficients
 
-    climb.get_concrete_function()  # traced now: two threads that call it at once would each trace it
     return climb
 
 
 def filter_patterns(network, convolution, relu, filters, longest_wavelength, shift, damping, seed=0):
     """Pictures that fire the filters of a convolution, and whether they do: (n, size, size, 3) uint8, (n,) booleans.
 
-    They climb together, on the convolution's own answer before BatchNormalization and ReLU: a dead ReLU passes no
-    gradient. A filter fires if the ReLU that follows is above 0 anywhere on its finished 8-bit picture; one that does
-    not is started again from noise.
+    They climb on the convolution's own answer, as a dead ReLU passes no gradient. A filter fires if the ReLU is above 0
+    anywhere on its finished 8-bit picture; one that does not is started again from noise.
     """
     filters, rng = np.asarray(filters, "int32"), np.random.default_rng(seed)
     cut = cut_network(network, [convolution, relu])
@@ -799,87 +661,40 @@ def filter_patterns(network, convolution, relu, filters, longest_wavelength, shi
     pictures, fires = np.zeros((len(filters), PATTERN_SIZE, PATTERN_SIZE, 3), "uint8"), np.zeros(len(filters), bool)
     for start in range(PATTERN_STARTS):
         silent = np.flatnonzero(~fires)
-        pieces = [silent[first : first + FILTERS_AT_ONCE] for first in range(0, len(silent), FILTERS_AT_ONCE)]
-        beginnings = []
-        for piece in pieces:
-            noise = rng.normal(scale=0.5, size=(len(piece), 3, *scale.shape)).astype("float32")
+        for piece in (silent[first : first + FILTERS_AT_ONCE] for first in range(0, len(silent), FILTERS_AT_ONCE)):
+            noise = rng.normal(scale=0.5 if start else 0.0, size=(len(piece), 3, *scale.shape)).astype("float32")
             shifts = rng.integers(-shift, shift, (PATTERN_STEPS, 2), dtype="int32", endpoint=True)
-            beginnings.append((noise if start else np.zeros_like(noise), filters[piece], shifts))
-        with ThreadPoolExecutor(2) as pool:  # one piece alone leaves cores idle
-            climbs = pool.map(climb, *zip(*beginnings, strict=True))
-        for piece, coefficients in zip(pieces, climbs, strict=True):
+            coefficients = climb(noise, filters[piece], shifts)
             pictures[piece] = np.rint(fourier_to_image(coefficients, waves, scale))
             peaks = np.max(cut([pictures[piece].astype("float32")], training=False)[1], axis=(1, 2))  # (n, channels)
             fires[piece] = peaks[np.arange(len(piece)), filters[piece]] > 0
     return pictures, fires
 
 
-def framed(pictures, fires):
-    """The (n, h, w, 3) pictures in thin frames: grey where the filter fires, red where it never fired."""
-    frames = np.where(fires[:, None, None, None], 120, np.array([200, 50, 50])).astype("uint8")
-    framed = np.broadcast_to(frames, (len(pictures), *(side + 4 for side in pictures.shape[1:3]), 3)).copy()
-    framed[:, 2:-2, 2:-2] = pictures
-    return framed
-
-
-def pattern_sheet(network, number, seed):
-    """Titled sheet of the patterns of the first 64 filters of a convolution, counted from 1: uint8 RGB, 8 in a row."""
-    convolution = in_creation_order(network, layers.Conv2D)[number - 1]
-    relu = in_creation_order(network, layers.Activation)[number - 1]
-    filters = range(min(64, convolution.filters))
-    pictures, fires = filter_patterns(
-        network, convolution.name, relu.name, filters, **PATTERN_CLIMBS[number], seed=seed
-    )
-    silent = f"{(~fires).sum()} never fired from any of {PATTERN_STARTS} starts (red frame)"
-    title = f"{convolution.name}: what filters 0 to {len(filters) - 1} of {convolution.filters} look for, row by row; "
-    return with_title(tile(framed(pictures, fires), columns=8), title + ("all of them fire" if fires.all() else silent))
+def draw_patterns(output, network, seed):
+    """Draws a sheet of the patterns of the first 64 filters of some convolutions: {file: caption}."""
+    shown = {}
+    for number, climb in PATTERN_CLIMBS.items():
+        convolution = in_creation_order(network, layers.Conv2D)[number - 1]
+        relu = in_creation_order(network, layers.Activation)[number - 1]
+        filters = range(min(64, convolution.filters))
+        pictures, fires = filter_patterns(network, convolution.name, relu.name, filters, **climb, seed=seed)
+        silent = f"{(~fires).sum()} never fired from any of {PATTERN_STARTS} starts (red frame)"
+        frames = np.where(fires[:, None, None, None], 120, np.array([200, 50, 50]))
+        file, title = f"conv2d_{number}_filters.jpg", f"{convolution.name}: what filters 0 to {filters[-1]} of "
+        shown[file] = f"{title}{convolution.filters} look for, row by row; {'all fire' if fires.all() else silent}"
+        save_sheet(output / file, tile(pictures, columns=8, frames=frames), shown[file])
+    return shown
 
 
 # ---- 7. Heatmaps: where the network found its class ------------------------------------------------------------------
-#
 # Grad-CAM asks how much each channel of a layer raises the logit of a class (the mean of its gradient), and adds up the
 # channels' maps with these weights: where the sum is positive, there is evidence for the class. It takes the logit, as
 # the softmax is flat, and its gradient nothing, where the network is sure.
 
-
-def class_evidence(model, photo, layer_names, class_indices):
-    """Grad-CAM maps of some layers, in the order of the graph, for some classes: a list of (classes, h, w) floats >= 0.
-
-    All of the model's paths must meet in the first layer: up to it the photo is taken through the model but once.
-    """
-    size = model.input_shape[1] or len(photo)
-    if photo.shape[:2] != (size, size):
-        photo = resize_photo(np.asarray(photo, "uint8"), size)
-    below, above = evidence_probes(model, tuple(layer_names))
-    first_answer = tf.repeat(below(np.asarray(photo, "float32")[None]), len(class_indices), axis=0)
-    with tf.GradientTape() as tape:
-        tape.watch(first_answer)
-        *answers, logits = tf.nest.flatten(above(first_answer))  # a lone output comes without a list
-        # The sum leaves each copy of the answers the gradient of its own class alone.
-        own = tf.reduce_sum(tf.gather(logits, class_indices, axis=1, batch_dims=1))
-    answers = [first_answer, *answers]
-    channel_weights = (tf.reduce_mean(gradient, (1, 2), keepdims=True) for gradient in tape.gradient(own, answers))
-    return [np.maximum(0, tf.reduce_sum(a * w, -1)) for a, w in zip(answers, channel_weights, strict=True)]
-
-
-@lru_cache(maxsize=2)  # to build them takes as long as to run them
-def evidence_probes(model, layer_names):
-    """The model up to the first of the layers, and from there to the answers of the others and the logits."""
-    first, *others = (model.get_layer(name).output for name in layer_names)
-    return keras.Model(model.input, first), keras.Model(first, [*others, logits_of(model)])
-
-
-def logits_of(model):
-    """The symbolic tensor that the softmax at the model's end is taken of."""
-    head = model.layers[-1]
-    if getattr(head, "activation", None) is not keras.activations.softmax:
-        return model.output
-    if not isinstance(head, layers.Dense):
-        return head.input
-    linear = layers.Dense(head.units, use_bias=head.use_bias, name=f"{head.name}_logits")
-    logits = linear(head.input)
-    linear.set_weights(head.get_weights())
-    return logits
+# Where the cells of each block look: the pixel at the centre of the first one, and the distance to the next.
+# InceptionV3 does not pad its strided layers: a map just stretched over a photo of 299 pixels lies up to 19 beside it.
+CELLS = {name: (13, 8) if k < 3 else (21, 16) if k < 8 else (37, 32) for k, name in enumerate(BLOCKS)}
 
 
 def grad_cam(model, photo, layer_name, class_index):
@@ -888,82 +703,44 @@ def grad_cam(model, photo, layer_name, class_index):
     photo: one (height, width, 3) RGB photo, 0–255, squeezed to the model's input where its size differs. Returns the
     (h, w) float map of the layer, not scaled, not enlarged; 0 everywhere where nothing speaks for the class.
     """
-    return class_evidence(model, photo, [layer_name], [class_index])[0][0]
+    return class_evidence(model, photo, (layer_name,), class_index)[0]
 
 
-def cell_geometry(model, layer_name):
-    """Where the cells of a layer look: (first, step), the input pixel at the centre of cell 0 and the cells' distance.
-
-    InceptionV3 does not pad its strided layers: the 8 × 8 cells of mixed10 look at the pixels 37, 69, … 261 of 299. A
-    heatmap that is just stretched over the photo lies up to 19 pixels beside them.
-    """
-    chain = [model.get_layer(layer_name)]
-    while not isinstance(chain[-1], layers.InputLayer):
-        tensor = chain[-1].input[0] if isinstance(chain[-1].input, list) else chain[-1].input
-        chain.append(tensor._keras_history.operation)
-    first, step = 0.0, 1
-    for layer in reversed(chain):
-        if hasattr(layer, "strides"):
-            kernel = getattr(layer, "kernel_size", None) or layer.pool_size
-            inputs, outputs, stride = layer.input.shape[1], layer.output.shape[1], layer.strides[0]
-            padding = max((outputs - 1) * stride + kernel[0] - inputs, 0) // 2
-            first += step * ((kernel[0] - 1) / 2 - padding)
-            step *= stride
-    return first, step
+def class_evidence(model, photo, layer_names, class_index):
+    """Grad-CAM maps of several layers from one pass: a list of (h, w) floats >= 0."""
+    pixels, head = tf.image.resize(photo[None], model.input_shape[1:3], antialias=True), model.layers[-1]
+    with tf.GradientTape() as tape:
+        tape.watch(pixels)
+        *answers, features = evidence_probe(model, layer_names)(pixels)
+        # The bias of the softmax layer would not change the gradient.
+        logits = features @ head.kernel if isinstance(head, layers.Dense) else features
+        logit = logits[0, class_index]
+    maps = []
+    for answer, gradient in zip(answers, tape.gradient(logit, answers), strict=True):
+        weights = tf.reduce_mean(gradient, (1, 2), keepdims=True)
+        maps.append(np.maximum(0, tf.reduce_sum(answer * weights, -1)[0]))
+    return maps
 
 
-def enlarge(heatmap, shape, geometry, input_size, interpolated=True):
-    """Lays an (h, w) heatmap over a photo of a (height, width): interpolated, or as the cells that it is made of.
-
-    Each cell's value lies where the cell looks (see cell_geometry); beyond the outermost centres it stays the same.
-    """
-    first, step = geometry
-    weights = []
-    for length, cells in zip(shape, heatmap.shape, strict=True):
-        pixel = (np.arange(length) + 0.5) * input_size / length - 0.5
-        cell = np.clip((pixel - first) / step, 0, cells - 1)
-        cell = cell if interpolated else np.round(cell)
-        weights.append(np.maximum(0, 1 - np.abs(cell[:, None] - np.arange(cells))))
-    return weights[0] @ heatmap @ weights[1].T
+@lru_cache(maxsize=2)  # to build it takes as long as to run it
+def evidence_probe(model, layer_names):
+    """The model that tells the answers of some layers, and the features that its last layer takes the softmax of."""
+    return keras.Model(model.input, [*(model.get_layer(name).output for name in layer_names), model.layers[-1].input])
 
 
-def on_photo(network, layer_name, heatmap, shape, interpolated=True):
-    """Lays a heatmap of one of the network's layers over a photo of a (height, width)."""
-    return enlarge(heatmap, shape, cell_geometry(network, layer_name), network.input_shape[1], interpolated)
+def enlarge(heatmap, size, first, step, cells=False):
+    """Lays an (h, w) heatmap where its cells look, interpolated, or as cells with NaN around them: (size, size)."""
+    to_cells = np.array([[1 / step, 0, -first / step], [0, 1 / step, -first / step]])
+    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if cells else cv2.INTER_LINEAR)
+    border = {"borderMode": cv2.BORDER_CONSTANT if cells else cv2.BORDER_REPLICATE, "borderValue": np.nan}
+    return cv2.warpAffine(heatmap.astype("float32"), to_cells, (size, size), flags=flags, **border)
 
 
-def colour(evidence, peak, signed=False):
-    """(h, w) evidence as (h, w, 3) uint8 on a scale from 0, or from -peak, to peak; all 0 where peak is 0."""
-    share = np.clip(evidence / (peak or 1), -1, 1)
-    scale, place = ("coolwarm", 0.5 + share / 2) if signed else ("turbo", share)
-    return (255 * matplotlib.colormaps[scale](place)[..., :3]).astype("uint8")
-
-
-def overlay(photo, evidence, peak, signed=False):
-    """The (h, w, 3) photo under its heatmap: the more evidence, the more of its colour; without evidence, bare."""
-    strength = 0.7 * np.clip(np.abs(evidence) / (peak or 1), 0, 1)[..., None]
-    return (photo * (1 - strength) + colour(evidence, peak, signed) * strength).astype("uint8")
-
-
-def with_scale(picture, peak, label, signed=False):
-    """The (h, w, 3) picture above its colour scale from 0 (no evidence), or from -peak, to peak."""
-    ramp = np.linspace(-peak if signed else 0, peak, picture.shape[1])
-    bar = colour(np.tile(ramp, (max(8, picture.shape[1] // 90), 1)), peak, signed)
-    ends = f"{-peak:.2g} at the left, 0 (no evidence) in the middle" if signed else "0 (no evidence) at the left"
-    return np.concatenate([picture, with_title(bar, f"{label}: {ends}, {peak:.2g} at the right")])
-
-
-def most_marked(heatmap, fraction):
-    """Boolean mask of the given fraction of an (h, w) heatmap's pixels: those with the highest values."""
+def most_marked(heatmap, fraction=DELETED_FRACTION):
+    """Boolean mask of that fraction of an (h, w) heatmap's pixels which has the highest values."""
     mask = np.zeros(heatmap.size, bool)
     mask[np.argsort(-heatmap, axis=None, kind="stable")[: round(fraction * heatmap.size)]] = True
     return mask.reshape(heatmap.shape)
-
-
-def centred_blob(size, fraction):
-    """Boolean mask of a disc in the middle of a (size, size) photo: a heatmap's simplest rival."""
-    y, x = np.mgrid[:size, :size] - (size - 1) / 2
-    return most_marked(-np.hypot(y, x), fraction)
 
 
 def deletion(model, photo, masks):
@@ -972,206 +749,170 @@ def deletion(model, photo, masks):
     One step of the deletion game of RISE (Petsiuk et al., 2018): a heatmap is worth something if the probability falls
     further without the part that it marks than without as large a part that anyone would have guessed.
     """
-    blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), len(photo) / 12)
-    return class_probabilities(model, [photo, *(np.where(mask[..., None], blurred, photo) for mask in masks)])
+    photo = photo.astype("float32")
+    blurred = cv2.GaussianBlur(photo, (0, 0), len(photo) / 12)
+    photos = np.stack([photo, *(np.where(mask[..., None], blurred, photo) for mask in masks)])
+    return np.asarray(model(photos, training=False))
 
 
-def class_probabilities(model, photos):
-    """(n, classes) for a few (size, size, 3) photos; called as it is, a network needs no tracing as in predict."""
-    return np.asarray(model(np.stack(photos).astype("float32"), training=False))
-
-
-def explain_photo(path, name, size, probabilities, class_names, true=None):
-    """A photo as decoded and as the network sees it, and what the network makes of it.
-
-    Its target, the class whose evidence is shown, is the true class, or the predicted one where the true is not known;
-    its rival is the most probable of the others.
-    """
+def explain_photo(network, path, name, class_names, true=None):
+    """A photo, what the network makes of it, and the evidence for its true (where not known, its predicted) class."""
+    pixels = network_input(path, network.input_shape[1])
+    probabilities = deletion(network, pixels, [])[0]
     predicted, second = np.argsort(-probabilities)[:2].tolist()
     target = predicted if true is None else int(true)
-    rival = second if predicted == target else predicted
-    shares = {"predicted": predicted} | ({} if true is None else {"true": true})
-    return SimpleNamespace(
-        name=name,
-        photo=read_photo(path),  # (height, width, 3) uint8
-        pixels=network_input(path, size),  # (size, size, 3) uint8
-        probabilities=probabilities,  # (classes,)
-        verdict=", ".join(f"{word} {class_names[k]} {probabilities[k]:.2f}" for word, k in shares.items()),
-        target=target,
-        rival=rival,
-        target_name=class_names[target],
-        rival_name=class_names[rival],
-    )
+    rival = second if predicted == target else predicted  # the most probable of the other classes
+    verdict = f"predicted {class_names[predicted]} {probabilities[predicted]:.2f}"
+    if true is not None:
+        verdict += f", true {class_names[target]} {probabilities[target]:.2f}"
+    heatmap = grad_cam(network, pixels, HEATMAP_LAYER, target)  # (h, w)
+    facts = {"name": name, "photo": read_photo(path), "pixels": pixels, "heatmap": heatmap, "verdict": verdict}
+    names = {"target_name": class_names[target], "rival_name": class_names[rival]}
+    return SimpleNamespace(probabilities=probabilities, target=target, rival=rival, **facts, **names)
 
 
-def trust(network, explained, heatmap):
-    """Probabilities of the target: of the photo, without its fifth that the heatmap marks, without a centred fifth."""
-    size = len(explained.pixels)
-    marked = most_marked(on_photo(network, HEATMAP_LAYER, heatmap, (size, size)), DELETED_FRACTION)
-    return deletion(network, explained.pixels, [marked, centred_blob(size, DELETED_FRACTION)])[:, explained.target]
+def worth_of(network, explained):
+    """What the heatmap is worth on this photo, in words: how far the probability falls without what it marks."""
+    size, target = len(explained.pixels), explained.target_name
+    if not explained.heatmap.any():
+        return f"no evidence for {target}: the heatmap is empty"
+    from_centre = np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2))
+    rivals = enlarge(explained.heatmap, size, *CELLS[HEATMAP_LAYER]), -from_centre
+    before, unmarked, uncentred = deletion(network, explained.pixels, map(most_marked, rivals))[:, explained.target]
+    return f"most marked fifth blurred: {target} {before:.2f} → {unmarked:.2f}; centred fifth: → {uncentred:.2f}"
 
 
-def heatmap_panels(network, explained, heatmap):
-    """Photo, heatmap with its true cells, and overlay, side by side at the photo's own resolution: uint8 RGB."""
-    photo, target, peak = explained.photo, explained.target_name, heatmap.max()
-    cells = colour(on_photo(network, HEATMAP_LAYER, heatmap, photo.shape[:2], interpolated=False), peak)
-    smooth = overlay(photo, on_photo(network, HEATMAP_LAYER, heatmap, photo.shape[:2]), peak)
-    worth = f"No evidence for {target}: the heatmap is empty."
-    if peak > 0:
-        before, unmarked, uncentred = trust(network, explained, heatmap)
-        worth = f"Most marked fifth blurred: {target} {before:.2f} → {unmarked:.2f}; centred fifth: → {uncentred:.2f}"
-    sheet = with_title(tile(np.stack([photo, cells, smooth]), 3), f"{explained.name}: {explained.verdict}\n{worth}")
-    return with_scale(sheet, peak, f"Evidence for {target} in {HEATMAP_LAYER}")
+def show(axes, explained, title="", heatmap=None, peak=None, layer=HEATMAP_LAYER, signed=False, cells=False):
+    """Draws the photo and on it a layer's heatmap, from 0 (-peak if signed) to peak, clear where it is 0; or cells."""
+    height, width = explained.photo.shape[:2]
+    axes.imshow(explained.photo.mean(2) if signed else explained.photo, cmap="gray", extent=(0, width, height, 0))
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_axis_off()
+    if heatmap is not None:
+        peak, evidence = peak or heatmap.max() or 1, enlarge(heatmap, len(explained.pixels), *CELLS[layer], cells)
+        colours = {"cmap": "seismic", "vmin": -peak} if signed else {"cmap": "turbo", "vmin": 0}
+        colours |= {"vmax": peak, "alpha": 1 if cells else 0.7 * np.abs(evidence) / peak}
+        return axes.imshow(evidence, extent=(0, width, height, 0), **colours)
 
 
-def layer_panels(network, explained):
-    """One photo through mixed0 … mixed10, the evidence of each block as a share of its own peak: uint8 RGB."""
-    view = resize_photo(explained.photo, PANEL_SIZE)
-    panels = [with_title(view, explained.verdict)]
-    evidence = class_evidence(network, explained.pixels, BLOCKS, [explained.target])
-    for name, (heatmap,) in zip(BLOCKS, evidence, strict=True):
+def save_panels(path, rows, title, label, dpi=100):
+    """Draws rows of panels (photo, [arguments of show, …]) under a title, beside the colour scale that they share."""
+    (height, width, _), columns = rows[0][0].photo.shape, len(rows[0][1])
+    figure = Figure(figsize=(13, 0.8 + len(rows) * (0.3 + 12 / columns * height / width)), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for (explained, panels), row in zip(rows, axes, strict=True):
+        colours = [show(place, explained, **panel) for place, panel in zip(row, panels, strict=True)][-1]
+    figure.colorbar(colours, ax=axes, label=label, aspect=40)
+    save_figure(path, figure, dpi)
+
+
+def draw_heatmaps(output, network, photos):
+    """Draws each photo, its heatmap and the overlay, and the heatmap's raw scores: {file: caption}."""
+    shown = {}
+    for number, explained in enumerate(photos, start=1):
+        file, raw, heatmap = f"CAM_{number}.jpeg", f"heatmap_{number}.jpg", explained.heatmap
+        shown[file] = f"{explained.name}: {explained.verdict}\n{worth_of(network, explained)}"
+        panels, label = [{}, {"heatmap": heatmap, "cells": True}, {"heatmap": heatmap}], f"in {HEATMAP_LAYER}; 0: none"
+        resolution = np.clip(explained.photo.shape[1] / 4, 100, 500)  # the photo's own
+        label = f"evidence for {explained.target_name} {label}"
+        save_panels(output / file, [(explained, panels)], shown[file], label, resolution)
+        axes = axes_of_numbers(heatmap, heatmap / (heatmap.max() or 1), "turbo")
+        axes.set(title=f"{explained.target_name} in {explained.name}", xlabel="column", ylabel="row")
+        save_figure(output / raw, axes.figure)
+        shown[raw] = f"The raw scores of heatmap {number}"
+    return shown
+
+
+def draw_layers(output, network, explained):
+    """Draws one photo through all blocks, the evidence of each as a share of its own peak: {file: caption}."""
+    panels = [{"title": explained.verdict}]
+    heatmaps = class_evidence(network, explained.pixels, tuple(BLOCKS), explained.target)
+    for name, heatmap in zip(BLOCKS, heatmaps, strict=True):
         strength = f"peak {heatmap.max():.2g}" if heatmap.any() else "no evidence"
-        marked = overlay(view, on_photo(network, name, heatmap, view.shape[:2]), heatmap.max())
-        panels.append(with_title(marked, f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"))
-    title = f"Evidence for {explained.target_name} in {explained.name}, block by block"
-    return with_scale(with_title(tile(np.stack(panels), 4, gap=6), title), 1.0, "Share of the block's peak")
+        title = f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"
+        panels.append({"title": title, "heatmap": heatmap / (heatmap.max() or 1), "peak": 1, "layer": name})
+    caption = f"Evidence for {explained.target_name} in {explained.name}, block by block"
+    rows = [(explained, panels[first : first + 4]) for first in (0, 4, 8)]
+    save_panels(output / "CAM_layers.jpg", rows, caption, "share of the block's peak; 0: no evidence")
+    return {"CAM_layers.jpg": caption}
 
 
 def compared_evidence(model, photo, layer_name, one_class, other_class):
     """(3, h, w): the evidence for one class, for the other, and one minus other, positive where one has more."""
-    ((one, other),) = class_evidence(model, photo, [layer_name], [one_class, other_class])
+    one, other = (grad_cam(model, photo, layer_name, k) for k in (one_class, other_class))
     return np.stack([one, other, one - other])
 
 
-def mistake_panels(network, mistakes):
-    """For each photo the evidence for the rival and for the true class, and their difference, all on one scale."""
-    maps = [compared_evidence(network, e.pixels, HEATMAP_LAYER, e.rival, e.target) for e in mistakes]
-    peak, panels = np.abs(maps).max(), []
-    for explained, triple in zip(mistakes, maps, strict=True):
-        rival, true = explained.rival_name, explained.target_name
-        view = resize_photo(explained.photo, PANEL_SIZE)
-        grey = np.repeat(view.mean(2, keepdims=True) / 2 + 60, 3, axis=2)  # colour tells of the evidence alone
-        panels.append(with_title(view, explained.verdict))
-        for evidence, caption in zip(triple, (f"for {rival}", f"for {true}", f"{rival} minus {true}"), strict=True):
-            enlarged = on_photo(network, HEATMAP_LAYER, evidence, view.shape[:2])
-            caption += "" if evidence.any() else ": no evidence"
-            panels.append(with_title(overlay(grey, enlarged, peak, signed=True), caption))
-    title = f"What misled the network: evidence in {HEATMAP_LAYER} for the class it leans to, and for the true class"
-    return with_scale(with_title(tile(np.stack(panels), 4, gap=6), title), peak, "Evidence", signed=True)
+def draw_mistakes(output, network, mistakes):
+    """Draws the evidence for the rival, for the true class, and their difference, on one scale: {file: caption}."""
+    maps = [compared_evidence(network, it.pixels, HEATMAP_LAYER, it.rival, it.target) for it in mistakes]
+    rows, scale = [], {"peak": np.abs(maps).max(), "signed": True}
+    for it, triple in zip(mistakes, maps, strict=True):
+        titles, panels = (
+            (f"for {it.rival_name}", f"for {it.target_name}", f"{it.rival_name} minus {it.target_name}"),
+            [],
+        )
+        for title, heatmap in zip(titles, triple, strict=True):
+            title += "" if heatmap.any() else ": no evidence"
+            panels.append({"title": title, "heatmap": heatmap, **scale})
+        rows.append((it, [{"title": it.verdict}, *panels]))
+    caption = "What misled the network: evidence for the class that it leans to, for the true class, and the difference"
+    save_panels(output / "CAM_mistakes.jpg", rows, caption, f"evidence in {HEATMAP_LAYER}; 0: none")
+    return {"CAM_mistakes.jpg": caption}
 
 
-def save_heatmap_grid(path, heatmap, title):
-    """Draws the raw scores of an (h, w) heatmap with its axes; 0 is no evidence."""
-    shares = heatmap / (heatmap.max() or 1)
-    axes = axes_of_numbers(heatmap, shares, "turbo", white=np.abs(shares - 0.5) > 0.25)
-    axes.set(title=title, xlabel="column", ylabel="row", xticks=range(heatmap.shape[1]), yticks=range(len(heatmap)))
-    save_figure(path, axes.figure)
+# ---- 8. The page: the run as a story ---------------------------------------------------------------------------------
+# The draw_* functions tell which pictures they made and what these show; a page without scripts or links to elsewhere
+# puts them in order.
 
 
-# ---- 8. Gallery: the run as one page ---------------------------------------------------------------------------------
-#
-# Each draw_* function writes its pictures and returns {file: caption}, from which the page is made.
-
-
-def draw_grids(output, network, explained):
-    save_picture(output / "OriginalImage.jpeg", explained.photo)
-    save_relu(output / "ReLU.png")
-    pictures = {"OriginalImage.jpeg": f"The photo, {explained.name}", "ReLU.png": "ReLU keeps what is positive"}
-    layer_of = {}
-    for number in GRID_CONVOLUTIONS:
-        layer_of[f"conv2d_{number}_grid.jpg"] = in_creation_order(network, layers.Conv2D)[number - 1].name
-        layer_of[f"activation_{number}_grid.jpg"] = in_creation_order(network, layers.Activation)[number - 1].name
-    answers = activations(network, explained.pixels, layer_of.values())
-    for (file, name), answer in zip(layer_of.items(), answers, strict=True):
-        save_picture(output / file, activation_grid(answer, name, explained.name))
-        pictures[file] = f"{name}: {answer.shape[2]} channels, one a cell"
-    return pictures
-
-
-def draw_patterns(output, network, seed):
-    pictures = {}
-    for number in PATTERN_CLIMBS:
-        save_picture(output / f"conv2d_{number}_filters.jpg", pattern_sheet(network, number, seed))
-        pictures[f"conv2d_{number}_filters.jpg"] = f"What the filters of convolution {number} look for"
-    return pictures
-
-
-def draw_heatmaps(output, network, photos):
-    pictures = {}
-    for number, explained in enumerate(photos, start=1):
-        heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
-        save_picture(output / f"CAM_{number}.jpeg", heatmap_panels(network, explained, heatmap))
-        save_heatmap_grid(output / f"heatmap_{number}.jpg", heatmap, f"{explained.target_name} in {explained.name}")
-        pictures[f"CAM_{number}.jpeg"] = f"{explained.name}: {explained.verdict}"
-        pictures[f"heatmap_{number}.jpg"] = f"Heatmap {number} as its raw grid of scores"
-    save_picture(output / "CAM_layers.jpg", layer_panels(network, photos[0]))
-    pictures["CAM_layers.jpg"] = f"{photos[0].name} through all blocks of the network"
-    return pictures
-
-
-def draw_mistakes(output, network, photos, confusions, class_names):
-    save_picture(output / "CAM_mistakes.jpg", mistake_panels(network, photos))
-    save_confusion_matrix(output / "confusion_matrix.png", confusions, class_names)
-    return {
-        "CAM_mistakes.jpg": "Evidence for the class that it leans to, for the true class, and their difference",
-        "confusion_matrix.png": "How often each true class (row) is taken for each class (column)",
-    }
-
-
-def draw_strip(output, network, explained):
-    """The run at a glance, cut in part from the sheets that stand in the folder."""
-    grid, patterns = GRID_CONVOLUTIONS[len(GRID_CONVOLUTIONS) // 2], min(PATTERN_CLIMBS)
-    sheets = (output / f"activation_{grid}_grid.jpg", output / f"conv2d_{patterns}_filters.jpg")
-    corners = [resize_photo(np.asarray(Image.open(sheet))[-400:, :400], 400) for sheet in sheets]
-    view = resize_photo(explained.photo, 400)
-    heatmap = grad_cam(network, explained.pixels, HEATMAP_LAYER, explained.target)
-    marked = overlay(view, on_photo(network, HEATMAP_LAYER, heatmap, view.shape[:2]), heatmap.max())
-    save_picture(output / "strip.jpg", tile(np.stack([view, *corners, marked]), 4, gap=6))
+def draw_strip(output, explained):
+    """Draws the run at a glance, cut in part from the sheets that stand in the folder: {file: caption}."""
+    sheets = f"activation_{GRID_CONVOLUTIONS[1]}_grid.jpg", f"conv2d_{min(PATTERN_CLIMBS)}_filters.jpg"
+    figure = Figure(figsize=(16, 4))
+    photo, *corners, overlay = figure.subplots(1, 4, gridspec_kw={"wspace": 0.02})
+    for axes, sheet in zip(corners, sheets, strict=True):
+        axes.imshow(np.asarray(Image.open(output / sheet))[-400:, :400])
+        axes.set_axis_off()
+    show(photo, explained)
+    show(overlay, explained, heatmap=explained.heatmap)
+    for axes in figure.axes:
+        axes.set_aspect("auto")
+    save_figure(output / "strip.jpg", figure, dpi=100)
     return {"strip.jpg": "A photo, what a layer answers, what filters look for, where the network looks"}
 
 
-GALLERY_STYLE = """
-:root { color-scheme: light dark; --quiet: #777; --line: #8884; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; }
-h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
-figcaption { color: var(--quiet); overflow-wrap: anywhere; }
-pre { overflow-x: auto; padding: 0.8rem; border: 1px solid var(--line); border-radius: 6px; }
-dl { display: grid; grid-template-columns: 10rem 1fr; margin: 0.2rem 0; } dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
-
-def gallery_section(heading, text="", pictures=None, table=None):
-    """A part of the page: its pictures {file: caption}, each a link to itself, and its table {name: value}."""
-    parts = [f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>"]
-    for file, caption in (pictures or {}).items():
-        caption = html.escape(caption)
-        image = f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a>'
-        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-    for name, value in (table or {}).items():
-        parts.append(f"<dl><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></dl>")
-    return "\n".join(parts)
-
-
-def gallery_page(sections, command):
-    """One HTML page that needs nothing from elsewhere."""
-    sections = "\n".join(sections)
-    return f"""<!DOCTYPE html>
+PAGE_HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>What a convolutional network sees</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{GALLERY_STYLE}</style>
+<title>What a convolutional network sees</title>
+<style>
+:root { color-scheme: light dark; }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; }
+h2 { margin-top: 3rem; border-top: 1px solid #8884; padding-top: 1rem; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
+figcaption { opacity: 0.7; } pre { overflow-x: auto; }
+</style>
 </head>
 <body>
 <h1>What a convolutional network sees</h1>
-{sections}
-<h2>The command</h2>
-<pre>{html.escape(command)}</pre>
-</body>
-</html>
 """
+
+
+def write_page(path, chapters):
+    """Writes a page of chapters (heading, text, preformatted text, {file of a picture: caption})."""
+    page = PAGE_HEAD
+    for heading, text, numbers, pictures in chapters:
+        page += f"<h2>{heading}</h2>\n<p>{text}</p>\n<pre>{html.escape(numbers)}</pre>\n"
+        for file, caption in pictures.items():
+            caption = html.escape(caption)
+            image = f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a>'
+            page += f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
+    with replace_when_whole(path) as partial:
+        partial.write_text(f"{page}</body>\n</html>\n", "utf-8")
 
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
@@ -1227,12 +968,10 @@ def train_and_save(options, splits, backup_folder):
     settings["phases"] = {phase.name: phase.last - phase.first for phase in phases}
     backup = EpochBackup(backup_folder, settings)
     if (state := read_json(backup_folder / "state.json")) and not options.resume:
-        print(f"An interrupted run stands in {backup_folder} after epoch {len(state['history']['loss'])}.")
-        print(
-            "Ctrl-C now, and --resume goes on with it; this new run replaces it after its own first epoch.", flush=True
-        )
+        print(f"An interrupted run stands in {backup_folder} after epoch {len(state['history']['loss'])}. Ctrl-C now, ")
+        print("and --resume goes on with it; this new run replaces it after its own first epoch.", flush=True)
     keras.utils.set_random_seed(options.seed)
-    keras.config.set_dtype_policy(training_policy(options.mixed_precision))
+    keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
     with training_strategy().scope():
         network = build_network(class_count, options.image_size, options.weights)
         if options.resume:
@@ -1248,42 +987,6 @@ def train_and_save(options, splits, backup_folder):
     return network, {"history": backup.history, "classes": list(splits["train"].class_indices), "settings": settings}
 
 
-def draw_all(options, network, test, probabilities, record):
-    """Writes all pictures and the page that shows them; returns the path of the page."""
-    names, confusions = list(test.class_indices), confusion_matrix(probabilities, test.classes)
-    size, own = network.input_shape[1], options.photos or []
-    chosen = [
-        explain_photo(test.filepaths[k], test.filenames[k], size, probabilities[k], names, true=test.classes[k])
-        for k in telling_photos(probabilities, test.classes)[:4]
-    ]
-    own_probabilities = (class_probabilities(network, [network_input(path, size)])[0] for path in own)
-    explained = [explain_photo(path, path.name, size, p, names) for path, p in zip(own, own_probabilities, strict=True)]
-    explained = explained or chosen[:3]
-    output, first = options.output, explained[0]
-    output.mkdir(parents=True, exist_ok=True)
-    taken_for = sorted(zip(first.probabilities, names, strict=True), reverse=True)
-    sections = [gallery_section(f"What it takes {first.name} for", table={k: f"{share:.3f}" for share, k in taken_for})]
-    text = "Each cell is the answer of one filter to the photo, ever coarser."
-    sections.append(gallery_section("What the layers answer", text, draw_grids(output, network, first)))
-    text = "Each cell began blank and changed until its filter fired."
-    sections.append(gallery_section("What the filters look for", text, draw_patterns(output, network, options.seed)))
-    text = "Grad-CAM marks what speaks for a class; each title tells how far the probability falls without it."
-    sections.append(gallery_section("Where the network looks", text, draw_heatmaps(output, network, explained)))
-    pictures = draw_mistakes(output, network, chosen[1:], confusions, names)
-    sections.append(gallery_section("What it gets wrong", most_confused(confusions, names), pictures))
-    figures = loss_and_accuracy(probabilities, test.classes)
-    sections.append(gallery_section("How well it does on the test photos", table=figures))
-    if record:
-        save_training_curves(output / "training_curves.png", record["history"], record["settings"]["phases"])
-        pictures = {"training_curves.png": "Loss and accuracy after each epoch; the red one is kept, tested and drawn"}
-        sections.append(gallery_section("How it learnt", "", pictures, record["settings"]))
-    sections.insert(0, gallery_section("At a glance", pictures=draw_strip(output, network, first)))
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    with replace_when_whole(output / "index.html") as partial:
-        partial.write_text(gallery_page(sections, command), "utf-8")
-    return output / "index.html"
-
-
 def main():
     options = parse_options()
     keras.config.disable_interactive_logging()
@@ -1295,26 +998,64 @@ def main():
         raise Stop(f"--photos {stop}.\nName another photo.") from stop
     record_file = options.model.with_name(f"{options.model.stem}_history.json")
     backup_folder = options.model.with_name(f"{options.model.stem}_backup")
-    sizes = {"size": options.image_size, "batch_size": options.batch_size, "seed": options.seed}
     if options.skip_training:
-        network = load_network(options.model, len(split_classes(options.data, "test")))
-        test = open_splits(options.data, ["test"], **sizes | {"size": network.input_shape[1]})["test"]
-        record = read_json(record_file)
+        network, record = load_network(options.model), read_json(record_file)
+        test = open_splits(options.data, ["test"], network.input_shape[1], options.batch_size, options.seed)["test"]
+        if network.output_shape[-1] != test.num_classes:
+            counts = f"{network.output_shape[-1]} classes, {options.data / 'test'} {test.num_classes}"
+            raise Stop(f"--model {options.model}: has {counts}.\nName another, or train one.")
     else:
         require_writable(options.model.parent)
-        splits = open_splits(options.data, ["train", "validation", "test"], **sizes)
+        names = ["train", "validation", "test"]
+        splits = open_splits(options.data, names, options.image_size, options.batch_size, options.seed)
         network, record = train_and_save(options, splits, backup_folder)
         test = splits["test"]
-    probabilities = network.predict(test, verbose=0)
-    figures = loss_and_accuracy(probabilities, test.classes)
-    confusions, class_names = confusion_matrix(probabilities, test.classes), list(test.class_indices)
-    print(f"\nTest: loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.4f}")
-    print(*precision_and_recall(confusions, class_names), most_confused(confusions, class_names) + "\n", sep="\n")
+    probabilities, names = network.predict(test, verbose=0), list(test.class_indices)
+    losses, right = keras.losses.sparse_categorical_crossentropy(test.classes, probabilities), probabilities.argmax(1)
+    figures = {"loss": float(np.mean(losses)), "accuracy": float(np.mean(right == test.classes))}
+    confusions = tf.math.confusion_matrix(test.classes, probabilities.argmax(1), len(names)).numpy()
+    report = f"Test: loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.4f}\n{class_report(confusions, names)}"
+    print(f"\n{report}\n")
     if not options.skip_training:
         write_json(record_file, record | {"test": figures})
         shutil.rmtree(backup_folder)
-    page = draw_all(options, network, test, probabilities, record)
-    print(f"\nAll pictures on one page: {page}")
+    draw_all(options, network, test, probabilities, confusions, report, record)
+
+
+def draw_all(options, network, test, probabilities, confusions, report, record):
+    """Draws all pictures, and the page that shows them as a story."""
+    matplotlib.style.use(["dark_background", {"figure.facecolor": "#181818", "savefig.facecolor": "#181818"}])
+    output, names = options.output, list(test.class_indices)
+    output.mkdir(parents=True, exist_ok=True)
+    telling = [
+        explain_photo(network, test.filepaths[k], test.filenames[k], names, true=test.classes[k])
+        for k in telling_photos(probabilities, test.classes)[:4]
+    ]
+    explained = [explain_photo(network, path, path.name, names) for path in options.photos or []] or telling[:3]
+    first, surest = explained[0], np.argsort(-explained[0].probabilities)
+    grids = draw_grids(output, network, first)
+    patterns = draw_patterns(output, network, options.seed)
+    heatmaps = draw_heatmaps(output, network, explained) | draw_layers(output, network, first)
+    mistakes = draw_mistakes(output, network, telling[1:])
+    figures = {"confusion_matrix.png": "How often each true class (row) is taken for each class (column)"}
+    save_confusion_matrix(output / "confusion_matrix.png", confusions, names)
+    if record:
+        save_training_curves(output / "training_curves.png", record["history"], record["settings"]["phases"])
+        figures["training_curves.png"] = "Loss and accuracy after each epoch; the red one is kept, tested and drawn"
+    settings = "\n".join(f"{name}: {value}" for name, value in record["settings"].items()) if record else ""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    scores = "\n".join(f"{names[k]}  {first.probabilities[k]:.3f}" for k in surest)
+    chapters = [
+        ("At a glance", f"{first.name}, and what the network takes it for:", scores, draw_strip(output, first)),
+        ("What the layers answer", "Each cell is the answer of one filter to the photo, ever coarser.", "", grids),
+        ("What the filters look for", "Each cell began blank and changed until its filter fired.", "", patterns),
+        ("Where the network looks", "Grad-CAM marks what speaks for a class.", "", heatmaps),
+        ("What misled it", "Evidence for the class that it leans to, and for the true one.", "", mistakes),
+        ("How well it does", "The test photos took no part in training.", report, figures),
+        ("The run", "Its command and settings.", f"{command}\n\n{settings}", {}),
+    ]
+    write_page(output / "index.html", chapters)
+    print(f"\nAll pictures on one page: {output / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -124,24 +124,28 @@ def test_the_same_seed_gives_the_same_pictures_and_the_model_is_left_as_it_was()
     assert clone.input_shape == (None, 24, 24, 3) and len(clone.layers) == len(model.layers)
 
 
-def test_tile_k_of_the_sheet_holds_filter_k_and_its_frame_the_verdict():
+def test_tile_k_of_the_sheet_holds_filter_k_in_a_frame_of_its_own():
     pictures = np.stack([np.full((20, 20, 3), 10 * k, "uint8") for k in range(10)])
-    sheet = study.tile(study.framed(pictures, fires=np.arange(10) != 9), columns=8, gap=2)
-    assert sheet.shape == (2 + 2 * 26, 2 + 8 * 26, 3)
+    frames = np.stack([np.full((1, 1, 3), 100 + k, "uint8") for k in range(10)])
+    sheet = study.tile(pictures, columns=8, frames=frames)
+    assert sheet.shape == (2 * 24, 8 * 24, 3)
     for k in range(10):
-        y, x = 2 + 26 * (k // 8), 2 + 26 * (k % 8)
+        y, x = 24 * (k // 8), 24 * (k % 8)
         assert (sheet[y + 2 : y + 22, x + 2 : x + 22] == 10 * k).all()
-        red, green, _ = sheet[y, x].astype(int)
-        assert (red > green + 50) == (k == 9)
+        assert (sheet[[y, y + 1, y + 22, y + 23], x : x + 24] == 100 + k).all()
 
 
-def test_the_title_of_a_sheet_counts_the_dead_filters(monkeypatch):
-    titles = []
-    monkeypatch.setattr(study, "with_title", lambda picture, title: titles.append(title) or picture)
+def test_a_sheet_frames_and_counts_the_dead_filters(monkeypatch, tmp_path):
+    sheets = []
+    monkeypatch.setattr(study, "save_sheet", lambda *sheet: sheets.append(sheet))
     photo = keras.Input((24, 24, 3))
     relu = keras.layers.Activation("relu")
     network = keras.Model(photo, relu(keras.layers.Conv2D(3, 1, name="conv2d")(photo)))
     network.get_layer("conv2d").set_weights([colour_filters().astype("float32"), np.array([0, -1e6, 0], "float32")])
     monkeypatch.setattr(study, "PATTERN_CLIMBS", {1: GENTLE})
-    study.pattern_sheet(network, 1, 0)
-    assert "conv2d" in titles[0] and "1 never fired" in titles[0]
+    shown = study.draw_patterns(tmp_path, network, seed=0)
+    ((path, sheet, title),) = sheets
+    assert path == tmp_path / "conv2d_1_filters.jpg" and shown == {path.name: title}
+    assert "conv2d" in title and "1 never fired" in title
+    red, green, _ = sheet[0, [0, 36, 72]].astype(int).T  # the first pixel of the three cells
+    assert (red > green + 50).tolist() == [False, True, False]
