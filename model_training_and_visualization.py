@@ -707,25 +707,27 @@ def grad_cam(model, photo, layer_name, class_index):
 
 
 def class_evidence(model, photo, layer_names, class_index):
-    """Grad-CAM maps of several layers from one pass: a list of (h, w) floats >= 0."""
-    pixels, head = tf.image.resize(photo[None], model.input_shape[1:3], antialias=True), model.layers[-1]
+    """Grad-CAM maps of several layers, in the order of the graph, from one pass: a list of (h, w) floats >= 0."""
+    below, above = evidence_probes(model, layer_names)
+    first = below(tf.image.resize(photo[None], model.input_shape[1:3], antialias=True))
     with tf.GradientTape() as tape:
-        tape.watch(pixels)
-        *answers, features = evidence_probe(model, layer_names)(pixels)
-        # The bias of the softmax layer would not change the gradient.
+        tape.watch(first)
+        features, *others = tf.nest.flatten(above(first))
+        head = model.layers[-1]  # the softmax layer, whose bias would not change the gradient
         logits = features @ head.kernel if isinstance(head, layers.Dense) else features
         logit = logits[0, class_index]
-    maps = []
+    answers, maps = [first, *others], []
     for answer, gradient in zip(answers, tape.gradient(logit, answers), strict=True):
         weights = tf.reduce_mean(gradient, (1, 2), keepdims=True)
         maps.append(np.maximum(0, tf.reduce_sum(answer * weights, -1)[0]))
     return maps
 
 
-@lru_cache(maxsize=2)  # to build it takes as long as to run it
-def evidence_probe(model, layer_names):
-    """The model that tells the answers of some layers, and the features that its last layer takes the softmax of."""
-    return keras.Model(model.input, [*(model.get_layer(name).output for name in layer_names), model.layers[-1].input])
+@lru_cache(maxsize=2)  # to build them takes as long as to run them
+def evidence_probes(model, layer_names):
+    """The model up to the first of the layers; and from there to what its last layer weighs and to the other layers."""
+    first, *others = (model.get_layer(name).output for name in layer_names)
+    return keras.Model(model.input, first), keras.Model(first, [model.layers[-1].input, *others])
 
 
 def enlarge(heatmap, size, first, step, cells=False):

@@ -35,7 +35,7 @@ import tensorflow as tf
 from draw_flowers import CLASS_NAMES, draw_flower
 from keras import layers
 
-from create_train_val_test import cores, decode_photos, read_photo, similar_pairs
+from create_train_val_test import class_folders, cores, decode_photos, read_photo, similar_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,11 +49,10 @@ FULL = {
     "augmented": 200,  # photos in a round
     "batch_size": 16,
     "steps": 8,  # of training in a round
-    "recipe_epochs": 15,
-    "recipe_size": 107,
-    "recipe_seeds": 3,
+    "recipe_epochs": 8,
+    "recipe_size": 75,
     "sheet_filters": 64,
-    "peer_filters": 4,  # that a slow peer draws in a round, standing for the sheet
+    "peer_filters": 13,  # that a slow peer draws in a round: in all rounds together the sheet
     "tutorial_steps": 80,
     "book_steps": 30,
     "keras_vis_steps": 200,
@@ -61,7 +60,7 @@ FULL = {
 }
 QUICK = FULL | {
     "rounds": 1, "size": 107, "drawn_per_class": 16, "split_per_class": 16, "hashes": (1_000, 10_000), "augmented": 4,
-    "batch_size": 4, "steps": 2, "recipe_epochs": 1, "recipe_size": 75, "recipe_seeds": 1, "sheet_filters": 4,
+    "batch_size": 4, "steps": 2, "recipe_epochs": 1, "sheet_filters": 4,
     "peer_filters": 1, "tutorial_steps": 3, "book_steps": 3, "keras_vis_steps": 3, "masked_per_class": 1,
 }  # fmt: skip
 
@@ -117,11 +116,13 @@ class Bench:
             self.row(what, "not measured", "tf-keras-vis is not installed")
         return missing
 
-    @cached_property
+    @property
     def data(self):
         """The folder with train, validation and test: the given one, or drawn flowers."""
-        if self.given_data:
-            return self.given_data
+        return self.given_data or self.drawn_data
+
+    @cached_property
+    def drawn_data(self):
         # Of a seed of their own: a network that was trained on the usual drawn flowers has not seen these.
         options = "--per-class", self.drawn_per_class, "--size", 160, "--seed", 1000
         photos = self.scratch / "flowers"
@@ -131,7 +132,7 @@ class Bench:
 
     @cached_property
     def class_count(self):
-        return len(study.split_classes(self.data, "train"))
+        return len(class_folders(self.data / "train"))
 
     def test_photos(self, count, size):
         """(count, size, size, 3) uint8, spread over the classes."""
@@ -277,7 +278,7 @@ def compare_precision(bench):
     matrix = tf.random.normal((4096, 4096))
     product = tf.function(lambda: tf.reduce_sum(matrix @ matrix))
     product()
-    policy = study.training_policy(True)
+    policy = study.half_precision()
     runs, networks = {}, {}
     for name in dict.fromkeys(("float32", policy)):
         keras.config.set_dtype_policy(name)
@@ -326,22 +327,27 @@ def tutorial_recipe(bench, splits, seed):
 
 def compare_recipe(bench):
     """From scratch: the same network, photos, augmentation, size, batch and epochs; other recipe."""
-    results = []
-    for seed in range(bench.recipe_seeds):
-        for recipe in (our_recipe, tutorial_recipe):
-            names, sizes = ["train", "validation"], {"size": bench.recipe_size, "batch_size": 32, "seed": seed}
-            with contextlib.redirect_stdout(io.StringIO()):
-                splits = study.open_splits(bench.data, names, **sizes)
-                results.append(recipe(bench, splits, seed))
-            loss, accuracy = results[-1]
-            print(f"seed {seed}, {recipe.__name__}: validation loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True)
-    (loss, peer_loss), (accuracy, peer_accuracy) = np.reshape(results, (-1, 2, 2)).T
-    counts = f"{splits['train'].n} + {splits['validation'].n} photos"
-    what = f"from scratch, {bench.recipe_epochs} epochs at {bench.recipe_size} px, {counts}, {len(loss)} seeds"
-    losses, accuracies = (loss, peer_loss, peer_loss / loss), (accuracy, peer_accuracy, accuracy / peer_accuracy)
-    for figure, (own, peer, ratio) in (("loss", losses), ("accuracy", accuracies)):
-        theirs = f"{spread(peer, '')}: the tutorial's recipe"
-        bench.row(f"Validation {figure} {what}", spread(own, ""), theirs, spread(ratio))
+    names, sizes = ["train", "validation"], {"size": bench.recipe_size, "batch_size": 32}
+    for kind, data in {"drawn": bench.drawn_data, "given": bench.given_data}.items():
+        if not data:
+            continue
+        results = []
+        for seed in range(bench.rounds):
+            for recipe in (our_recipe, tutorial_recipe):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    splits = study.open_splits(data, names, seed=seed, **sizes)
+                    results.append(recipe(bench, splits, seed))
+                loss, accuracy = results[-1]
+                print(
+                    f"seed {seed}, {recipe.__name__}: validation loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True
+                )
+        (loss, peer_loss), (accuracy, peer_accuracy) = np.reshape(results, (-1, 2, 2)).T
+        counts = f"{splits['train'].n} + {splits['validation'].n} {kind} photos"
+        what = f"from scratch, {bench.recipe_epochs} epochs at {bench.recipe_size} px, {counts}, {len(loss)} seeds"
+        losses, accuracies = (loss, peer_loss, peer_loss / loss), (accuracy, peer_accuracy, accuracy / peer_accuracy)
+        for figure, (own, peer, ratio) in (("loss", losses), ("accuracy", accuracies)):
+            theirs = f"{spread(peer, '')}: the tutorial's recipe"
+            bench.row(f"Validation {figure} {what}", spread(own, ""), theirs, spread(ratio))
 
 
 # ---- Filter patterns -------------------------------------------------------------------------------------------------
@@ -402,8 +408,8 @@ def responses(cut, pictures):
 
 
 def pattern_peers(bench, network, layer_name):
-    """{name: (function of filter_index that draws one pattern, how many filters it draws over all rounds)}."""
-    cut, many = study.cut_network(network, [layer_name]), bench.rounds * bench.peer_filters
+    """{name: (function of filter_index that draws one pattern, how many filters it draws in a round)}."""
+    cut, many = study.cut_network(network, [layer_name]), bench.peer_filters
     peers = {
         "the tutorial's": (partial(tutorial_pattern, cut, steps=bench.tutorial_steps), many),
         "the Keras book's": (partial(book_pattern, cut, steps=bench.book_steps), many),
@@ -422,22 +428,21 @@ def compare_sheet(bench, network, number):
     peers = pattern_peers(bench, network, convolution.name)
     own_times, times, theirs = [], {name: [] for name in peers}, {name: {} for name in peers}
     order = np.random.default_rng(0).permutation(filters)  # so that a few stand for the sheet
-    for turn, chosen in enumerate(np.resize(order, (bench.rounds, bench.peer_filters)).tolist()):
+    for chosen in np.resize(order, (bench.rounds, bench.peer_filters)).tolist():
         start = time.perf_counter()
         climb = study.PATTERN_CLIMBS[number]
         pictures, _ = study.filter_patterns(network, convolution.name, relu.name, filters, **climb)
         own_times.append(time.perf_counter() - start)
         for name, (draw, count) in peers.items():
             start = time.perf_counter()
-            drawn = {k: draw(filter_index=k) for k in chosen[: max(0, count - turn * bench.peer_filters)]}
-            if drawn:
-                times[name].append((time.perf_counter() - start) / len(drawn) * len(filters))
-                theirs[name] |= responses(cut, drawn)
+            drawn = {k: draw(filter_index=k) for k in chosen[:count]}
+            times[name].append((time.perf_counter() - start) / len(drawn) * len(filters))
+            theirs[name] |= responses(cut, drawn)
     ours = responses(cut, dict(zip(filters, pictures, strict=True)))
     for name in peers:
         pairs = np.array([(ours[k], answer) for k, answer in theirs[name].items()])
         own, peer = np.median(pairs, axis=0)
-        faster = spread(np.array(times[name]) / own_times[: len(times[name])])
+        faster = spread(np.array(times[name]) / own_times)
         stronger = f"answers {own / peer:.2f} ×, " if peer > 0 else ""
         bench.row(
             f"Sheet of {len(filters)} patterns, convolution {number}; answers of {len(pairs)} filters",
@@ -489,15 +494,13 @@ def tutorial_heatmap(network, pixels, file):
 
 
 def tutorial_pictures(bench, network, photos):
-    """Seconds for the tutorial's 6 grids, 3 sheets of 64 patterns (a few of them drawn and scaled up), 3 heatmaps."""
+    """Seconds for the tutorial's 6 grids, 3 sheets of 64 patterns (one of each drawn and scaled up), 3 heatmaps."""
     total = seconds(tutorial_grids, network, photos[0], bench.scratch)
     for number in study.PATTERN_CLIMBS:
         layer = study.in_creation_order(network, layers.Conv2D)[number - 1]
         cut = keras.Model(network.inputs, [layer.output])
-        filters = np.linspace(0, layer.filters - 1, bench.peer_filters).astype(int)
         options = {"steps": bench.tutorial_steps, "size": network.input_shape[1]}
-        spent = sum(seconds(tutorial_pattern, cut, int(k), **options) for k in filters)
-        total += spent / len(filters) * min(64, layer.filters)
+        total += min(64, layer.filters) * seconds(tutorial_pattern, cut, layer.filters // 2, **options)
     return total + sum(seconds(tutorial_heatmap, network, photo, bench.scratch / "heatmap.jpg") for photo in photos)
 
 
@@ -535,7 +538,7 @@ def compare_drawing(bench):
     what = f"All pictures at {bench.size} px, start-up included"
     needed = f", {max(memory):.1f} GiB at most" if None not in memory else ""
     own = f"{np.median(whole):.0f} s{needed}; {np.median(start):.1f} s of them start-up"
-    scaled = f"its patterns scaled up from {bench.peer_filters} a sheet"
+    scaled = "its patterns scaled up from one a sheet"
     theirs = f"{np.median(peer):.0f} s, {scaled}; {np.median(peer_start):.1f} s start-up: the tutorial's code"
     bench.row(what, own, theirs, spread(peer / whole))
 
@@ -576,30 +579,28 @@ def compare_gradcam(bench):
 def mean_falls(network, photos, labels):
     """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and a random map."""
     size, rng, falls = network.input_shape[1], np.random.default_rng(0), []
-    geometry = study.cell_geometry(network, study.HEATMAP_LAYER)
+    centre = -np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2))
     for photo, label in zip(photos, labels, strict=True):
         heatmap = study.grad_cam(network, photo, study.HEATMAP_LAYER, label)
         if not heatmap.any():
             continue  # it marks nothing, and its figure says so
         noise = cv2.GaussianBlur(rng.normal(size=(size, size)), (0, 0), size / 12)
-        marked = (study.enlarge(heatmap, (size, size), geometry, size), noise)
-        grad_cam, random = (study.most_marked(values, study.DELETED_FRACTION) for values in marked)
-        masks = [grad_cam, study.centred_blob(size, study.DELETED_FRACTION), random]
-        before, *after = study.deletion(network, photo, masks)[:, label]
+        rivals = study.enlarge(heatmap, size, *study.CELLS[study.HEATMAP_LAYER]), centre, noise
+        before, *after = study.deletion(network, photo, map(study.most_marked, rivals))[:, label]
         falls.append(before - np.array(after))
     return np.mean(falls, axis=0), len(falls)
 
 
 def energy_on_flower(network, per_class):
     """Shares per class, (3, 5): of the heatmap's energy on the flower, of a plainly stretched map's, of the area."""
-    size = network.input_shape[1]
-    geometry, shares = study.cell_geometry(network, study.HEATMAP_LAYER), np.zeros((3, 5))
+    size, shares = network.input_shape[1], np.zeros((3, 5))
     for label, k in np.ndindex(5, per_class):
         photo, flower = draw_flower(CLASS_NAMES[label], np.random.default_rng([99, label, k]), size)
         heatmap = study.grad_cam(network, photo, study.HEATMAP_LAYER, label)
         if not heatmap.any():
             heatmap = np.ones_like(heatmap)  # an empty map is as good as a map that marks everything
-        placed = study.enlarge(heatmap, (size, size), geometry, size), cv2.resize(heatmap, (size, size))
+        laid = study.enlarge(heatmap, size, *study.CELLS[study.HEATMAP_LAYER])
+        placed = laid, cv2.resize(heatmap, (size, size))
         shares[:, label] += [*(values[flower].sum() / values.sum() for values in placed), flower.mean()]
     return shares / per_class
 
