@@ -8,7 +8,6 @@ The sections follow a run: 1 photos, 2 network, 3 training, 4 judgement, 5 activ
 """
 
 import argparse
-import contextlib
 import html
 import json
 import math
@@ -74,25 +73,24 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
     """ImageDataGenerator whose affine step is one OpenCV warp: the same picture as SciPy's, many times faster."""
 
     def apply_transform(self, x, transform_parameters):
-        nothing = {"theta": 0, "tx": 0, "ty": 0, "shear": 0, "zx": 1, "zy": 1}
         if self.fill_mode == "nearest":  # edges go on; the other modes stay with SciPy
-            affine = {name: transform_parameters.get(name, value) for name, value in nothing.items()}
-            matrix, flags = affine_matrix(x.shape[:2], **affine), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-            x = cv2.warpAffine(x, matrix, x.shape[1::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
-            transform_parameters = transform_parameters | nothing
+            nothing = {"theta": 0, "shear": 0, "tx": 0, "ty": 0, "zx": 1, "zy": 1}
+            theta, shear, *shift, zx, zy = (transform_parameters.get(name, nothing[name]) for name in nothing)
+            theta, shear = np.deg2rad([theta, shear])
+            rotation = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
+            linear = rotation @ [[zx, -np.sin(shear) * zy], [0, np.cos(shear) * zy]]
+            centre = np.array(x.shape[:2]) / 2 - 0.5
+            # As Keras composes them: the place in the photo, (x, y), of each place in the result.
+            matrix = np.column_stack([linear, centre + rotation @ shift - linear @ centre])
+            options = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REPLICATE}
+            x, transform_parameters = (
+                cv2.warpAffine(x, matrix, x.shape[1::-1], **options),
+                transform_parameters | nothing,
+            )
         return super().apply_transform(x, transform_parameters)
 
     def flow_from_directory(self, directory, **options):
         return PhotoIterator(directory, self, **options)
-
-
-def affine_matrix(shape, theta, tx, ty, shear, zx, zy):
-    """The (2, 3) matrix from output to input pixels (x, y) that Keras composes of these; angles in degrees."""
-    theta, shear = np.deg2rad([theta, shear])
-    rotation = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
-    linear = rotation @ [[zx, -np.sin(shear) * zy], [0, np.cos(shear) * zy]]
-    centre = np.array(shape) / 2 - 0.5
-    return np.column_stack([linear, centre + rotation @ [tx, ty] - linear @ centre])
 
 
 class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
@@ -310,9 +308,8 @@ class EpochBar(keras.callbacks.Callback):
 class EpochBackup(keras.callbacks.Callback):
     """Keeps weights, optimizer and history of whole epochs in a folder, so that an interrupted run can go on.
 
-    Keras's BackupAndRestore overwrites its files in place and keeps neither history nor best epoch. Here an epoch
-    counts once state.json, written last, names it: a kill at any moment leaves whole epochs. The last two stay, in case
-    the last cannot be read, and the best so far of both. Raises Stop where the loss is no longer a number.
+    Unlike Keras's BackupAndRestore it writes no file in place: an epoch counts once state.json, written last, names it.
+    The last two stay, in case the last cannot be read, and the best so far of both. Raises Stop where the loss is NaN.
     """
 
     def __init__(self, folder, settings):
@@ -371,9 +368,7 @@ class EpochBackup(keras.callbacks.Callback):
 
 
 def read_json(path):
-    """The content of a JSON file, or None where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text("utf-8"))
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def write_json(path, content):
@@ -816,7 +811,7 @@ def draw_heatmaps(output, network, photos):
         file, raw, heatmap = f"CAM_{number}.jpeg", f"heatmap_{number}.jpg", explained.heatmap
         shown[file] = f"{explained.name}: {explained.verdict}\n{worth_of(network, explained)}"
         panels, label = [{}, {"heatmap": heatmap, "cells": True}, {"heatmap": heatmap}], f"in {HEATMAP_LAYER}; 0: none"
-        resolution = np.clip(explained.photo.shape[1] / 4, 100, 500)  # the photo's own
+        resolution = np.clip(explained.photo.shape[1] / 3.7, 100, 500)  # the photo's own
         label = f"evidence for {explained.target_name} {label}"
         save_panels(output / file, [(explained, panels)], shown[file], label, resolution)
         axes = axes_of_numbers(heatmap, heatmap / (heatmap.max() or 1), "turbo")
@@ -888,15 +883,13 @@ def draw_strip(output, explained):
 PAGE_HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What a convolutional network sees</title>
 <style>
-:root { color-scheme: light dark; }
+:root { color-scheme: light dark; } pre { overflow-x: auto; } figcaption { opacity: 0.7; } figure { margin: 1.5rem 0; }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; }
 h2 { margin-top: 3rem; border-top: 1px solid #8884; padding-top: 1rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
-figcaption { opacity: 0.7; } pre { overflow-x: auto; }
+img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 </style>
 </head>
 <body>
@@ -908,7 +901,8 @@ def write_page(path, chapters):
     """Writes a page of chapters (heading, text, preformatted text, {file of a picture: caption})."""
     page = PAGE_HEAD
     for heading, text, numbers, pictures in chapters:
-        page += f"<h2>{heading}</h2>\n<p>{text}</p>\n<pre>{html.escape(numbers)}</pre>\n"
+        page += f"<h2>{heading}</h2>\n<p>{html.escape(text)}</p>\n"
+        page += f"<pre>{html.escape(numbers)}</pre>\n" if numbers else ""
         for file, caption in pictures.items():
             caption = html.escape(caption)
             image = f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a>'
@@ -970,8 +964,8 @@ def train_and_save(options, splits, backup_folder):
     settings["phases"] = {phase.name: phase.last - phase.first for phase in phases}
     backup = EpochBackup(backup_folder, settings)
     if (state := read_json(backup_folder / "state.json")) and not options.resume:
-        print(f"An interrupted run stands in {backup_folder} after epoch {len(state['history']['loss'])}. Ctrl-C now, ")
-        print("and --resume goes on with it; this new run replaces it after its own first epoch.", flush=True)
+        print(f"An interrupted run stands in {backup_folder} after epoch {len(state['history']['loss'])}.")
+        print("Ctrl-C and --resume go on with it; this new run replaces it after its own first epoch.", flush=True)
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
     with training_strategy().scope():
@@ -1026,7 +1020,8 @@ def main():
 
 def draw_all(options, network, test, probabilities, confusions, report, record):
     """Draws all pictures, and the page that shows them as a story."""
-    matplotlib.style.use(["dark_background", {"figure.facecolor": "#181818", "savefig.facecolor": "#181818"}])
+    dark = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#181818")
+    matplotlib.style.use(["dark_background", dark])
     output, names = options.output, list(test.class_indices)
     output.mkdir(parents=True, exist_ok=True)
     telling = [
@@ -1046,7 +1041,7 @@ def draw_all(options, network, test, probabilities, confusions, report, record):
         figures["training_curves.png"] = "Loss and accuracy after each epoch; the red one is kept, tested and drawn"
     settings = "\n".join(f"{name}: {value}" for name, value in record["settings"].items()) if record else ""
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    scores = "\n".join(f"{names[k]}  {first.probabilities[k]:.3f}" for k in surest)
+    scores = "\n".join(f"{first.probabilities[k]:.3f} {names[k]}" for k in surest)
     chapters = [
         ("At a glance", f"{first.name}, and what the network takes it for:", scores, draw_strip(output, first)),
         ("What the layers answer", "Each cell is the answer of one filter to the photo, ever coarser.", "", grids),

@@ -23,6 +23,12 @@ def test_the_readme_holds_the_options_that_help_prints(script, monkeypatch, caps
     assert marker + capsys.readouterr().out.strip() + "\n```" in README
 
 
+def test_the_functions_that_the_table_of_pictures_names_are_in_the_script():
+    table = README[README.index("| picture |") :].partition("\n\n")[0]
+    drawn_by = re.findall(r"`(\w+)`", " ".join(line.split("|")[2] for line in table.splitlines()))
+    assert len(drawn_by) >= 10 and all(callable(getattr(study, name, None)) for name in drawn_by)
+
+
 def test_every_picture_of_the_readme_is_there_and_every_committed_picture_is_shown():
     shown = set(re.findall(r"\(Images/([^)]+)\)", README))
     there = {path.name for path in (ROOT / "Images").iterdir()}
