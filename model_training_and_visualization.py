@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import namedtuple
 from functools import lru_cache, partial
 from pathlib import Path
@@ -55,7 +56,8 @@ DELETED_FRACTION = 0.2  # of a photo, blurred away to see what its heatmap is wo
 
 BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's blocks, from the photo to the classes
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-BACKGROUND = 24  # the sheets' grey level
+BACKGROUND = 24  # the sheets' grey level, and in STYLE that of all figures, where a $ in a file's name is just a $
+STYLE = {f"{part}.facecolor": "#181818" for part in ("figure", "axes", "savefig")} | {"text.parse_math": False}
 
 # ---- 1. Photos: from the split folders to augmented batches ----------------------------------------------------------
 # Each photo is squeezed to the square that the network takes, as 0–255 RGB. Training photos are turned, shifted and
@@ -1020,8 +1022,8 @@ def main():
 
 def draw_all(options, network, test, probabilities, confusions, report, record):
     """Draws all pictures, and the page that shows them as a story."""
-    dark = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#181818")
-    matplotlib.style.use(["dark_background", dark])
+    matplotlib.style.use(["dark_background", STYLE])
+    warnings.filterwarnings("ignore", "Glyph")  # a file's name may hold letters that the font lacks
     output, names = options.output, list(test.class_indices)
     output.mkdir(parents=True, exist_ok=True)
     telling = [

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import cv2
 import keras
+import matplotlib
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -227,11 +228,11 @@ def test_cells_of_a_grid_never_shrink_below_24_pixels(channels):
     assert cells.shape[0] == channels and cells.shape[1] == cells.shape[2] >= 24
 
 
-def test_a_sheet_is_saved_pixel_for_pixel(tmp_path):
+def test_a_sheet_is_saved_pixel_for_pixel_whatever_its_title(tmp_path):
     sheet = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype="uint8")
-    study.save_sheet(
-        tmp_path / "sheet.png", sheet, "A title that is a good deal longer than the sheet is wide\nand more"
-    )
+    with matplotlib.style.context(study.STYLE):
+        title = "A title that is a good deal longer than the sheet is wide\nand names $\\no_such{$.jpg"
+        study.save_sheet(tmp_path / "sheet.png", sheet, title)
     saved = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     rows, columns, _ = saved.shape
     places = [(y, x) for y in range(rows - 89) for x in range(columns - 129) if (saved[y, x] == sheet[0, 0]).all()]
