@@ -482,10 +482,11 @@ def axes_of_numbers(numbers, shares, colours):
 
 
 def save_figure(path, figure, dpi=130):
-    """Writes a figure, cut to what is drawn on it, in the format that the suffix names."""
+    """Writes a figure, without a layout cut to what is drawn on it, in the format that the suffix names."""
     with replace_when_whole(path) as partial:
         colours = {"quality": 92, "subsampling": 0}  # as sharp as brightness
-        figure.savefig(partial, dpi=dpi, bbox_inches="tight", pad_inches=0.05, pil_kwargs=colours)
+        border = None if figure.get_layout_engine() else "tight"  # which draws all twice
+        figure.savefig(partial, dpi=dpi, bbox_inches=border, pad_inches=0.05, pil_kwargs=colours)
     print(path, flush=True)
 
 
@@ -754,10 +755,10 @@ def deletion(model, photo, masks):
     return np.asarray(model(photos, training=False))
 
 
-def explain_photo(network, path, name, class_names, true=None):
+def explain_photo(network, path, name, class_names, true=None, probabilities=None):
     """A photo, what the network makes of it, and the evidence for its true (where not known, its predicted) class."""
     pixels = network_input(path, network.input_shape[1])
-    probabilities = deletion(network, pixels, [])[0]
+    probabilities = deletion(network, pixels, [])[0] if probabilities is None else probabilities
     predicted, second = np.argsort(-probabilities)[:2].tolist()
     target = predicted if true is None else int(true)
     rival = second if predicted == target else predicted  # the most probable of the other classes
@@ -1027,7 +1028,7 @@ def draw_all(options, network, test, probabilities, confusions, report, record):
     output, names = options.output, list(test.class_indices)
     output.mkdir(parents=True, exist_ok=True)
     telling = [
-        explain_photo(network, test.filepaths[k], test.filenames[k], names, true=test.classes[k])
+        explain_photo(network, test.filepaths[k], test.filenames[k], names, test.classes[k], probabilities[k])
         for k in telling_photos(probabilities, test.classes)[:4]
     ]
     explained = [explain_photo(network, path, path.name, names) for path in options.photos or []] or telling[:3]
