@@ -127,7 +127,7 @@ def open_splits(data, names, size, batch_size, seed):
 
     Raises Stop where a class is missing or empty, a photo does not decode, or the splits hold different classes.
     """
-    splits, again = {}, "split again, with --overwrite: python create_train_val_test.py PHOTOS --overwrite"
+    splits, again = {}, f"split again: python create_train_val_test.py PHOTOS --output {data} --overwrite"
     for name in names:
         folder = data / name
         classes = class_folders(folder) if folder.is_dir() else []
