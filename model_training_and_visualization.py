@@ -826,13 +826,13 @@ def draw_heatmaps(output, network, photos):
 
 def draw_layers(output, network, explained):
     """Draws one photo through all blocks, the evidence of each as a share of its own peak: {file: caption}."""
-    panels = [{"title": explained.verdict}]
+    panels = [{}]
     heatmaps = class_evidence(network, explained.pixels, tuple(BLOCKS), explained.target)
     for name, heatmap in zip(BLOCKS, heatmaps, strict=True):
         strength = f"peak {heatmap.max():.2g}" if heatmap.any() else "no evidence"
         title = f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"
         panels.append({"title": title, "heatmap": heatmap / (heatmap.max() or 1), "peak": 1, "layer": name})
-    caption = f"Evidence for {explained.target_name} in {explained.name}, block by block"
+    caption = f"Evidence for {explained.target_name}, block by block, in {explained.name}: {explained.verdict}"
     rows = [(explained, panels[first : first + 4]) for first in (0, 4, 8)]
     save_panels(output / "CAM_layers.jpg", rows, caption, "share of the block's peak; 0: no evidence")
     return {"CAM_layers.jpg": caption}
@@ -849,14 +849,12 @@ def draw_mistakes(output, network, mistakes):
     maps = [compared_evidence(network, it.pixels, HEATMAP_LAYER, it.rival, it.target) for it in mistakes]
     rows, scale = [], {"peak": np.abs(maps).max(), "signed": True}
     for it, triple in zip(mistakes, maps, strict=True):
-        titles, panels = (
-            (f"for {it.rival_name}", f"for {it.target_name}", f"{it.rival_name} minus {it.target_name}"),
-            [],
-        )
+        titles = f"for {it.rival_name}", f"for {it.target_name}", f"{it.rival_name} minus {it.target_name}"
+        panels = [{"title": it.verdict.replace(", ", "\n")}]
         for title, heatmap in zip(titles, triple, strict=True):
             title += "" if heatmap.any() else ": no evidence"
             panels.append({"title": title, "heatmap": heatmap, **scale})
-        rows.append((it, [{"title": it.verdict}, *panels]))
+        rows.append((it, panels))
     caption = "What misled the network: evidence for the class that it leans to, for the true class, and the difference"
     save_panels(output / "CAM_mistakes.jpg", rows, caption, f"evidence in {HEATMAP_LAYER}; 0: none")
     return {"CAM_mistakes.jpg": caption}

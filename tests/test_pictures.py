@@ -13,6 +13,7 @@ from conftest import CLASSES, small_network, write_flowers
 from draw_flowers import draw_flower
 from keras import layers
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import model_training_and_visualization as study
@@ -274,3 +275,20 @@ def test_a_mistake_is_explained_for_the_true_class_and_compared_with_the_predict
     explained = study.explain_photo(network, tmp_path / "grey.png", "grey.png", CLASSES, true=true)
     assert (explained.target, explained.rival) == (true, predicted)
     assert f"predicted {CLASSES[predicted]}" in explained.verdict and f"true {CLASSES[true]}" in explained.verdict
+
+
+def test_no_title_runs_into_the_panel_beside_it(inception, monkeypatch, tmp_path):
+    network, _ = inception
+    Image.fromarray(np.full((80, 80, 3), 120, "uint8")).save(tmp_path / "grey.png")
+    names = ["dandelion", "sunflower", "tulip"]  # the longest come first
+    probabilities = np.array([0.88, 0.03, 0.09])
+    mistake = study.explain_photo(network, tmp_path / "grey.png", "grey.png", names, 1, probabilities)
+    figures = []
+    monkeypatch.setattr(study, "save_figure", lambda path, figure, dpi: figures.append(figure))
+    study.draw_layers(tmp_path, network, mistake)
+    study.draw_mistakes(tmp_path, network, [mistake])
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axes in figure.axes[:-1]:  # the last is the colour scale
+            title = next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title(loc="left"))
+            assert title.get_window_extent().x1 <= axes.bbox.x1
