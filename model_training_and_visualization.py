@@ -87,10 +87,8 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
             # As Keras composes them: the place in the photo, (x, y), of each place in the result.
             matrix = np.column_stack([linear, centre + rotation @ shift - linear @ centre])
             options = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REPLICATE}
-            x, transform_parameters = (
-                cv2.warpAffine(x, matrix, x.shape[1::-1], **options),
-                transform_parameters | nothing,
-            )
+            x = cv2.warpAffine(x, matrix, x.shape[1::-1], **options)
+            transform_parameters = transform_parameters | nothing
         return super().apply_transform(x, transform_parameters)
 
     def flow_from_directory(self, directory, **options):
@@ -101,10 +99,6 @@ class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
     """Batches ((n, size, size, 3) float32 0–255, (n, classes) one-hot) of the photos in a split folder."""
 
     epoch, seeding = 0, threading.Lock()  # Keras draws from NumPy's global generator, which all workers share
-
-    def __init__(self, directory, generator, **options):
-        super().__init__(directory, generator, **options)
-        self.workers = min(8, cores())
 
     def __getitem__(self, batch_number):  # the same for a seed, epoch and number, whichever worker builds it
         numbers = np.arange(self.n)
@@ -139,6 +133,7 @@ def open_splits(data, names, size, batch_size, seed):
         options = {"target_size": (size, size), "batch_size": batch_size, "seed": seed, "shuffle": name == "train"}
         generator = PhotoGenerator(**AUGMENTATION if name == "train" else {})
         splits[name] = generator.flow_from_directory(str(folder), classes=classes, **options)
+        splits[name].workers = min(8, cores())
         if different := splits[name].class_indices.keys() ^ splits[names[0]].class_indices:
             lists = f"hold different classes: {', '.join(sorted(different))}"
             raise Stop(f"{data / names[0]} and {folder} {lists}.\nThen {again}")
