@@ -36,9 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from create_train_val_test import Stop, class_folders, cores, decode_photos, read_photo, replace_when_whole, run
 
-# Both make a CPU faster, patterns and training alike: memory once freed stays at hand, and convolutions run in oneDNN.
-os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory at hand: patterns climb faster
 terminal = os.dup(2)
 try:  # what TensorFlow says while it loads stays off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it
     if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":
