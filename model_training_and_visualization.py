@@ -577,7 +577,7 @@ PATTERN_RATE = 0.22
 PATTERN_WARM_UP = 6  # steps in which the rate rises to it
 PATTERN_STARTS = 3  # a blank image, then noise for the filters that did not fire
 SHORTEST_WAVELENGTH = 4  # pixels: without shorter waves the answer hardly drops, and the speckle is gone
-FILTERS_AT_ONCE = 16  # more are no faster on a CPU and take more memory
+FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
 
 # Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red, green and blue,
 # columns are brightness, blue to yellow and green to magenta. Scaled to the length of the first column, and the last
