@@ -4,8 +4,10 @@
 
     FOLDER/daisy/daisy_0001.jpg … FOLDER/tulip/tulip_0120.jpg
 
-The shape names the class, the colour does not: all classes draw their petals from overlapping palettes.
-Photo k of a class depends on the seed, the class and k alone, so a larger set begins with the smaller one.
+The shape names the class, the colour does not: all classes draw their petals from overlapping
+palettes.
+Photo k of a class depends on the seed, the class and k alone, so a larger set begins with the
+smaller one.
 """
 
 import argparse
@@ -29,7 +31,8 @@ SUPERSAMPLING = 1.25  # drawn larger and averaged down, which softens every edge
 SHADE_TINT = (0.85, 1.05, 1.0)  # light that has passed through petals makes shade warm
 GOLDEN_ANGLE = np.pi * (3 - np.sqrt(5))
 
-# Hue, saturation, value. Every class wears the first five, but for white, which turns a sunflower into a daisy.
+# Hue, saturation, value. Every class wears the first five, but for white, which turns a sunflower
+# into a daisy.
 PETAL_COLOURS = (
     (0.12, 0.05, 0.95),  # white
     (0.13, 0.30, 0.96),  # cream
@@ -66,7 +69,9 @@ class Blade:
     """Outline and relief of a petal or leaf; lengths in units of its own length."""
 
     width: float
-    base: float  # power of the outline at the base and at the tip: 0.2 is blunt, 0.5 round, 1 pointed
+    base: (
+        float  # power of the outline at the base and at the tip: 0.2 is blunt, 0.5 round, 1 pointed
+    )
     tip: float
     ruffle: float = 0.0  # waves of the tip
     hollow: float = 0.25  # shade towards the edges
@@ -79,9 +84,15 @@ class Blade:
 
 DAISY_PETAL = Blade(width=0.24, base=0.35, tip=0.22, ruffle=0.03, veins=0.12)
 SUNFLOWER_PETAL = Blade(width=0.34, base=0.5, tip=0.85, rib=0.08, veins=0.14, depth=0.4)
-DANDELION_RAY = Blade(width=0.12, base=0.15, tip=0.12, ruffle=0.03, hollow=0.35, veins=0.06, depth=0.45)
-ROSE_PETAL = Blade(width=1.25, base=0.6, tip=0.32, ruffle=0.02, hollow=0.08, depth=0.55, rim=0.3, veins=0.05)
-TULIP_PETAL = Blade(width=0.56, base=0.42, tip=0.62, hollow=0.3, depth=0.15, rim=0.08, veins=0.13, rib=-0.05)
+DANDELION_RAY = Blade(
+    width=0.12, base=0.15, tip=0.12, ruffle=0.03, hollow=0.35, veins=0.06, depth=0.45
+)
+ROSE_PETAL = Blade(
+    width=1.25, base=0.6, tip=0.32, ruffle=0.02, hollow=0.08, depth=0.55, rim=0.3, veins=0.05
+)
+TULIP_PETAL = Blade(
+    width=0.56, base=0.42, tip=0.62, hollow=0.3, depth=0.15, rim=0.08, veins=0.13, rib=-0.05
+)
 GRASS_BLADE = Blade(width=0.05, base=0.2, tip=0.7, rib=0.2)
 LEAVES = {
     "daisy": Blade(width=0.30, base=0.8, tip=0.35, rib=0.2, teeth=5),
@@ -108,12 +119,15 @@ def vary(colour, rng, amount=1.0):
 
 
 def paint_blade(blade, length, base_colour, tip_colour, rng, bend=0.0, pad=2):
-    """One petal or leaf pointing right from the middle of the left edge: premultiplied RGBA, float32."""
+    """One petal or leaf pointing right from the middle of the left edge: premultiplied RGBA,
+    float32."""
     length = float(length)  # a float64 scalar would turn every array below into float64
     rows = int(np.ceil(length * (blade.width + 2 * abs(bend)))) + 2 * pad
     columns = int(np.ceil(length)) + 2 * pad
     along = ((np.arange(columns, dtype=np.float32) - pad + 0.5) / length)[None, :]
-    across = ((np.arange(rows, dtype=np.float32) - rows / 2 + 0.5) / length)[:, None] - bend * along**2
+    across = ((np.arange(rows, dtype=np.float32) - rows / 2 + 0.5) / length)[
+        :, None
+    ] - bend * along**2
 
     waves = np.sin(across * (rng.uniform(8, 14) / blade.width) + rng.uniform(0, 6))
     reach = np.clip(along * (1 + blade.ruffle * (1 + waves)), 0, 1)
@@ -134,7 +148,9 @@ def paint_blade(blade, length, base_colour, tip_colour, rng, bend=0.0, pad=2):
     lit = (shade - 1) * alpha
     channels = [
         (start + (end - start) * blend) * (alpha + tint * lit)
-        for start, end, tint in zip(base_colour.tolist(), tip_colour.tolist(), SHADE_TINT, strict=True)
+        for start, end, tint in zip(
+            base_colour.tolist(), tip_colour.tolist(), SHADE_TINT, strict=True
+        )
     ]
     return cv2.merge([np.maximum(channel, 0) for channel in channels] + [alpha])
 
@@ -144,7 +160,8 @@ def paint_blade(blade, length, base_colour, tip_colour, rng, bend=0.0, pad=2):
 
 @dataclass
 class Scene:
-    """What is being drawn: RGB in [0, 1] and, as fourth channel, how much of each pixel the head covers."""
+    """What is being drawn: RGB in [0, 1] and, as fourth channel, how much of each pixel the head
+    covers."""
 
     layers: np.ndarray  # float32 (size, size, 4)
     light: np.ndarray  # unit vector towards the light, x right and y down
@@ -160,7 +177,8 @@ def rotation(angle):
 
 
 def stamp(scene, sprite, linear, anchor, place, *, head=True, shadow=0.0, gain=1.0):
-    """Lay a sprite over the scene: its point `anchor` comes to `place`, `linear` (2, 2) turns and scales it.
+    """Lay a sprite over the scene: its point `anchor` comes to `place`, `linear` (2, 2) turns and
+    scales it.
 
     `shadow` in [0, 1] darkens what the head already shows beneath, on the side away from the light.
     """
@@ -169,7 +187,9 @@ def stamp(scene, sprite, linear, anchor, place, *, head=True, shadow=0.0, gain=1
     corners = matrix @ np.array([[0, width, width, 0], [0, 0, height, height], [1, 1, 1, 1]])
     margin = 0.02 * scene.size if shadow else 1
     left, top = np.maximum(np.floor(corners.min(axis=1) - margin), 0).astype(int).tolist()
-    right, bottom = np.minimum(np.ceil(corners.max(axis=1) + margin), scene.size).astype(int).tolist()
+    right, bottom = (
+        np.minimum(np.ceil(corners.max(axis=1) + margin), scene.size).astype(int).tolist()
+    )
     if right <= left or bottom <= top:
         return
     matrix[:, 2] -= (left, top)
@@ -179,15 +199,20 @@ def stamp(scene, sprite, linear, anchor, place, *, head=True, shadow=0.0, gain=1
     keep = visible = 1 - alpha
     if shadow:
         reach = max(1, int(0.012 * scene.size))
-        anchor = np.round(reach - reach * scene.light).astype(int).tolist()  # off-centre, so the blur also shifts
-        blurred = cv2.blur(alpha, (2 * reach + 1,) * 2, anchor=anchor, borderType=cv2.BORDER_CONSTANT)
+        anchor = (
+            np.round(reach - reach * scene.light).astype(int).tolist()
+        )  # off-centre, so the blur also shifts
+        blurred = cv2.blur(
+            alpha, (2 * reach + 1,) * 2, anchor=anchor, borderType=cv2.BORDER_CONSTANT
+        )
         visible = keep * (1 - shadow * blurred * under[..., 3])
     under *= cv2.merge((visible, visible, visible, keep))
     under += cv2.multiply(patch, (gain, gain, gain, float(head)))
 
 
 def stamp_ray(scene, sprite, place, angle, view, *, pad=2, **look):
-    """Stamp a blade that points away from `place`; `view` (2, 2) foreshortens the head; lit by its direction."""
+    """Stamp a blade that points away from `place`; `view` (2, 2) foreshortens the head; lit by its
+    direction."""
     linear = view @ rotation(angle)
     facing = float(linear[:, 0] @ scene.light) / math.hypot(*linear[:, 0])
     look["gain"] = look.get("gain", 1.0) * (1 + 0.13 * facing)
@@ -195,17 +220,26 @@ def stamp_ray(scene, sprite, place, angle, view, *, pad=2, **look):
 
 
 def paint_background(size, rng):
-    """Something far out of focus: a gradient, blossoms, blades and circles of light. RGB float32 (size, size, 3)."""
+    """Something far out of focus: a gradient, blossoms, blades and circles of light. RGB float32
+    (size, size, 3)."""
     small = 96
     far, near = BACKDROPS[rng.integers(len(BACKDROPS))]
     far, near = vary(far, rng, 2), vary(near, rng, 2)
     ramp = np.clip(np.linspace(-0.3, 1.3, small) + rng.uniform(-0.3, 0.3), 0, 1)[:, None, None]
-    canvas = np.ascontiguousarray(np.broadcast_to(far * (1 - ramp) + near * ramp, (small, small, 3)), np.float32)
+    canvas = np.ascontiguousarray(
+        np.broadcast_to(far * (1 - ramp) + near * ramp, (small, small, 3)), np.float32
+    )
     for _ in range(rng.integers(10, 40)):
         start = rng.uniform(-10, small + 10, 2)
         end = start + rng.normal(0, 12, 2) + (0, rng.uniform(-40, 0))
         tone = near * rng.uniform(0.5, 1.7) + rng.uniform(0, 0.08)
-        cv2.line(canvas, start.astype(int).tolist(), end.astype(int).tolist(), tone.tolist(), int(rng.integers(1, 6)))
+        cv2.line(
+            canvas,
+            start.astype(int).tolist(),
+            end.astype(int).tolist(),
+            tone.tolist(),
+            int(rng.integers(1, 6)),
+        )
     blossoms = PETAL_COLOURS + DISC_COLOURS
     for _ in range(rng.integers(0, 8)):
         place, radius = rng.uniform(0, small, 2), rng.uniform(3, 13)
@@ -229,14 +263,26 @@ def draw_clutter(scene, rng, count, blur):
     coarse = 3  # what is to be blurred can be drawn small
     for _ in range(count):
         brown = rng.random() < 0.35
-        tone = vary((0.08, 0.45, 0.35) if brown else (0.26, 0.6, 0.5), rng, 2) * rng.uniform(0.5, 1.2)
+        tone = vary((0.08, 0.45, 0.35) if brown else (0.26, 0.6, 0.5), rng, 2) * rng.uniform(
+            0.5, 1.2
+        )
         blade = replace(GRASS_BLADE, width=rng.uniform(0.02, 0.09))
         pad = int(3 * blur) + 2
         length = rng.uniform(0.4, 1.0) * scene.size / coarse
-        sprite = paint_blade(blade, length, tone, tone * 1.15, rng, bend=rng.uniform(-0.2, 0.2), pad=pad)
+        sprite = paint_blade(
+            blade, length, tone, tone * 1.15, rng, bend=rng.uniform(-0.2, 0.2), pad=pad
+        )
         sprite = cv2.GaussianBlur(sprite, (0, 0), blur / coarse)
         place = np.array([rng.uniform(0, 1), rng.uniform(0.8, 1.1)]) * scene.size
-        stamp_ray(scene, sprite, place, -np.pi / 2 + rng.normal(0, 0.45), coarse * np.eye(2), pad=pad, head=False)
+        stamp_ray(
+            scene,
+            sprite,
+            place,
+            -np.pi / 2 + rng.normal(0, 0.45),
+            coarse * np.eye(2),
+            pad=pad,
+            head=False,
+        )
 
 
 def draw_stem(scene, rng, start, width, leaf, leaf_length):
@@ -270,7 +316,8 @@ def draw_stem(scene, rng, start, width, leaf, leaf_length):
 
 @dataclass
 class Head:
-    """Where a flower head stands: centre and radius in pixels, foreshortening (2, 2), petal colours (RGB)."""
+    """Where a flower head stands: centre and radius in pixels, foreshortening (2, 2), petal colours
+    (RGB)."""
 
     centre: np.ndarray
     radius: float
@@ -281,10 +328,12 @@ class Head:
 
 
 def draw_petal_ring(scene, head, rng, blade, count, inner, outer, gain, shadow=0.3):
-    """A ring of `count` petals from radius `inner` to `outer` (in head radii), in shuffled overlap."""
+    """A ring of `count` petals from radius `inner` to `outer` (in head radii), in shuffled
+    overlap."""
     length = (outer - inner) * head.radius
     sprites = [
-        paint_blade(blade, length, head.base_colour, head.tip_colour, rng, bend=rng.normal(0, 0.06)) for _ in range(4)
+        paint_blade(blade, length, head.base_colour, head.tip_colour, rng, bend=rng.normal(0, 0.06))
+        for _ in range(4)
     ]
     angles = (np.arange(count) + rng.normal(0, 0.16, count) + rng.random()) * 2 * np.pi / count
     for angle in rng.permutation(angles):
@@ -310,22 +359,36 @@ def paint_disc(radius, count, colour, rim_colour, rng, light):
     bodies = np.round(spots * 16).astype(int).tolist()
     for body, glint, tone in zip(bodies, glints, (tones * 255).tolist(), strict=True):
         cv2.circle(layer, body, int(grain * 15), [0.75 * part for part in tone], -1, cv2.LINE_AA, 4)
-        cv2.circle(layer, glint, int(grain * 8), [min(255, 1.25 * part) for part in tone], -1, cv2.LINE_AA, 4)
+        cv2.circle(
+            layer,
+            glint,
+            int(grain * 8),
+            [min(255, 1.25 * part) for part in tone],
+            -1,
+            cv2.LINE_AA,
+            4,
+        )
     axis = (np.arange(size, dtype=np.float32) - size / 2 + 0.5) / radius
     x, y = axis[None, :], axis[:, None]
     distance = np.sqrt(x**2 + y**2)
     dome = 0.95 + 0.25 * (x * light[0] + y * light[1]) - 0.3 * distance**4
     alpha = np.clip((1 - distance) * radius, 0, 1)
-    return np.dstack((layer / np.float32(255) * (dome * alpha)[..., None], alpha)).astype(np.float32)
+    return np.dstack((layer / np.float32(255) * (dome * alpha)[..., None], alpha)).astype(
+        np.float32
+    )
 
 
 def draw_disc(scene, head, rng, radius, count, palette):
     """The seed head in the middle, raised towards the camera."""
     colour, rim_colour = (vary(palette[i], rng) for i in rng.integers(len(palette), size=2))
     turned = np.linalg.inv(head.view) @ scene.light
-    sprite = paint_disc(radius * head.radius, count, colour, 0.5 * (colour + rim_colour), rng, turned)
+    sprite = paint_disc(
+        radius * head.radius, count, colour, 0.5 * (colour + rim_colour), rng, turned
+    )
     middle = np.full(2, sprite.shape[0] / 2)
-    stamp(scene, sprite, head.view, middle, head.centre + 0.08 * head.radius * head.lean, shadow=0.5)
+    stamp(
+        scene, sprite, head.view, middle, head.centre + 0.08 * head.radius * head.lean, shadow=0.5
+    )
 
 
 def draw_daisy(scene, head, rng):
@@ -357,11 +420,14 @@ def draw_dandelion(scene, head, rng):
         blade = replace(DANDELION_RAY, width=0.1 / share**0.6, depth=0.1 + 0.4 * share)
         shifted = replace(head, centre=head.centre + 0.15 * (1 - share) * head.radius * head.lean)
         count = int(13 + 24 * share)
-        draw_petal_ring(scene, shifted, rng, blade, count, -0.02, share, 1.1 - 0.22 * share, shadow=0.2)
+        draw_petal_ring(
+            scene, shifted, rng, blade, count, -0.02, share, 1.1 - 0.22 * share, shadow=0.2
+        )
 
 
 def paint_parachutes(size, centre, radius, rng):
-    """Stalks and stars of hairs on a globe, the far half fainter: coverage in [0, 1], float32 (size, size)."""
+    """Stalks and stars of hairs on a globe, the far half fainter: coverage in [0, 1], float32
+    (size, size)."""
     layer = np.zeros((size, size), np.uint8)
     count, hairs = int(rng.integers(70, 110)), 14
     height = np.linspace(-0.99, 0.99, count)  # towards the camera
@@ -374,15 +440,21 @@ def paint_parachutes(size, centre, radius, rng):
     reach = 0.19 * radius * rng.uniform(0.85, 1.1, (count, hairs))
     tangent = np.column_stack((-out[:, 1], out[:, 0]))
     flat = np.maximum(0.25, np.abs(height))[:, None]  # stars near the rim are seen from the side
-    hair = (reach * flat * np.cos(spoke))[..., None] * out[:, None] + (reach * np.sin(spoke))[..., None] * tangent[
-        :, None
-    ]
+    hair = (reach * flat * np.cos(spoke))[..., None] * out[:, None] + (reach * np.sin(spoke))[
+        ..., None
+    ] * tangent[:, None]
     ends = tips[:, None] + hair + 0.1 * radius * outward[:, None]
     stars = np.stack((np.broadcast_to(tips[:, None], ends.shape), ends), axis=2)
     for half, brightness in ((height < 0, 90), (height >= 0, 150)):
         for lines, strength in ((stalks[half], 0.5), (stars[half].reshape(-1, 2, 2), 1.0)):
             cv2.polylines(
-                layer, list(np.round(lines * 16).astype(np.int32)), False, brightness * strength, 1, cv2.LINE_AA, 4
+                layer,
+                list(np.round(lines * 16).astype(np.int32)),
+                False,
+                brightness * strength,
+                1,
+                cv2.LINE_AA,
+                4,
             )
     return layer / np.float32(255)
 
@@ -395,10 +467,19 @@ def draw_dandelion_clock(scene, head, rng):
     haze = np.clip((1.0 - distance) * 6, 0, 1)
     alpha = np.clip(paint_parachutes(size, head.centre, radius, rng) + 0.28 * haze, 0, 0.95)
     tint = 0.75 + 0.25 * head.tip_colour
-    sprite = np.dstack((alpha[..., None] * tint * (1.05 - 0.15 * distance[..., None]), alpha)).astype(np.float32)
+    sprite = np.dstack(
+        (alpha[..., None] * tint * (1.05 - 0.15 * distance[..., None]), alpha)
+    ).astype(np.float32)
     stamp(scene, sprite, np.eye(2), np.zeros(2), np.zeros(2))
     np.maximum(scene.layers[..., 3], haze, out=scene.layers[..., 3])
-    core = paint_disc(0.11 * radius, 40, vary((0.09, 0.5, 0.45), rng), vary((0.1, 0.4, 0.6), rng), rng, scene.light)
+    core = paint_disc(
+        0.11 * radius,
+        40,
+        vary((0.09, 0.5, 0.45), rng),
+        vary((0.1, 0.4, 0.6), rng),
+        rng,
+        scene.light,
+    )
     stamp(scene, core, np.eye(2), np.full(2, core.shape[0] / 2), head.centre)
 
 
@@ -411,16 +492,21 @@ def draw_rose(scene, head, rng):
         share = 1 - index / count
         length = max(6.0, head.radius * (0.1 + 0.9 * share)) / coarse
         angle = start + index * GOLDEN_ANGLE + rng.normal(0, 0.12)
-        width = rng.uniform(1.15, 1.4) + 0.5 * (1 - share)  # the inner petals wrap further around the heart
+        width = rng.uniform(1.15, 1.4) + 0.5 * (
+            1 - share
+        )  # the inner petals wrap further around the heart
         blade = replace(ROSE_PETAL, width=width, depth=0.6 + 0.35 * (1 - share))
-        sprite = paint_blade(blade, length, head.base_colour, head.tip_colour, rng, bend=rng.normal(0, 0.06))
+        sprite = paint_blade(
+            blade, length, head.base_colour, head.tip_colour, rng, bend=rng.normal(0, 0.06)
+        )
         place = head.centre + 0.3 * (1 - share) * head.radius * head.lean
         look = {"gain": rng.uniform(0.88, 1.06) * (0.8 + 0.2 * share), "shadow": 0.55}
         stamp_ray(scene, sprite, place, angle, coarse * head.view, **look)
 
 
 def draw_tulip(scene, head, rng):
-    """A cup from the side: three petals behind, two flanks, one in front; `centre` is the cup's middle."""
+    """A cup from the side: three petals behind, two flanks, one in front; `centre` is the cup's
+    middle."""
     height = 1.8 * head.radius
     lean = rng.normal(0, 0.2)
     upright = rotation(lean)
@@ -428,7 +514,13 @@ def draw_tulip(scene, head, rng):
     spread, flare = rng.uniform(0.10, 0.30), rng.uniform(-0.16, 0.08)
     front = rng.uniform(-0.25, 0.25)
     blade = replace(TULIP_PETAL, width=rng.uniform(0.52, 0.64), tip=rng.uniform(0.5, 0.85))
-    plan = ((-0.55, 0.90, 0.72), (0.55, 0.90, 0.72), (0.0, 0.97, 0.8), (-1.0, 0.97, 0.93), (1.0, 0.97, 0.93))
+    plan = (
+        (-0.55, 0.90, 0.72),
+        (0.55, 0.90, 0.72),
+        (0.0, 0.97, 0.8),
+        (-1.0, 0.97, 0.93),
+        (1.0, 0.97, 0.93),
+    )
     for side, share, gain in (*plan, (front, rng.uniform(0.83, 0.93), 1.04)):
         length = height * share * rng.uniform(0.96, 1.04)
         bend = side * (flare + rng.uniform(-0.04, 0.04))
@@ -472,9 +564,12 @@ def compose_head(class_name, size, rng):
 
 
 def develop(picture, rng):
-    """Camera and film: focus, exposure, colour temperature, vignette, grain. Returns RGB uint8 (size, size, 3)."""
+    """Camera and film: focus, exposure, colour temperature, vignette, grain. Returns RGB uint8
+    (size, size, 3)."""
     size = picture.shape[0]
-    picture = cv2.GaussianBlur(np.ascontiguousarray(picture), (0, 0), rng.uniform(0.25, 0.7) * size / 256 + 0.05)
+    picture = cv2.GaussianBlur(
+        np.ascontiguousarray(picture), (0, 0), rng.uniform(0.25, 0.7) * size / 256 + 0.05
+    )
     warmth = rng.normal(0, 0.06)
     balance = np.float32([1 + warmth, 1 + rng.normal(0, 0.015), 1 - warmth])
     axis = np.linspace(-1, 1, size, dtype=np.float32)
@@ -486,7 +581,8 @@ def develop(picture, rng):
 
 
 def draw_flower(class_name, rng, size):
-    """Draw one flower: RGB uint8 (size, size, 3), and the boolean mask (size, size) of its head, stem left out."""
+    """Draw one flower: RGB uint8 (size, size, 3), and the boolean mask (size, size) of its head,
+    stem left out."""
     canvas_size = int(size * SUPERSAMPLING)
     angle = rng.uniform(-np.pi, 0)
     light = np.array([np.cos(angle), np.sin(angle)])
@@ -495,7 +591,14 @@ def draw_flower(class_name, rng, size):
     head = compose_head(class_name, canvas_size, rng)
     draw_clutter(scene, rng, int(rng.integers(0, 5)), blur=rng.uniform(0.006, 0.02) * canvas_size)
     leaf_length = {"tulip": 0.75, "dandelion": 0.5}.get(class_name, 0.35)
-    draw_stem(scene, rng, head.centre, rng.uniform(0.02, 0.045) * canvas_size, LEAVES[class_name], leaf_length)
+    draw_stem(
+        scene,
+        rng,
+        head.centre,
+        rng.uniform(0.02, 0.045) * canvas_size,
+        LEAVES[class_name],
+        leaf_length,
+    )
     DRAW_HEAD[class_name](scene, head, rng)
     draw_clutter(scene, rng, int(rng.random() < 0.2), blur=0.012 * canvas_size)
     layers = cv2.resize(scene.layers, (size, size), interpolation=cv2.INTER_AREA)
@@ -506,7 +609,8 @@ def draw_flower(class_name, rng, size):
 
 
 def encode_photo(task):
-    """JPEG bytes of photo `number` (from 1) of a class; `task` is (class_name, number, size, seed)."""
+    """JPEG bytes of photo `number` (from 1) of a class; `task` is (class_name, number, size,
+    seed)."""
     class_name, number, size, seed = task
     rng = np.random.default_rng([seed, CLASS_NAMES.index(class_name), number])
     photo, _ = draw_flower(class_name, rng, size)
@@ -527,7 +631,8 @@ def prepare_worker():
 
 
 def encode_photos(tasks):
-    """Yield (task, JPEG bytes) in order, drawn on all cores when there are enough photos to pay for it."""
+    """Yield (task, JPEG bytes) in order, drawn on all cores when there are enough photos to pay for
+    it."""
     workers = min(os.cpu_count() or 1, len(tasks) // 16)
     if workers < 2:
         yield from ((task, encode_photo(task)) for task in tasks)
@@ -544,12 +649,16 @@ def check_folder(folder, tasks):
         raise ValueError(f"{folder} is a file: name a new or empty folder")
     wanted = {photo_path(folder, task) for task in tasks}
     for path in folder.rglob("*"):
-        expected = path in wanted or (path.is_dir() and path.parent == folder and path.name in CLASS_NAMES)
+        expected = path in wanted or (
+            path.is_dir() and path.parent == folder and path.name in CLASS_NAMES
+        )
         if not expected and not path.name.startswith("."):
             raise ValueError(f"{path} is not drawn by this command: name a new or empty folder")
     for task, data in encode_photos([task for task in tasks if photo_path(folder, task).exists()]):
         if photo_path(folder, task).read_bytes() != data:
-            raise ValueError(f"{photo_path(folder, task)} is another picture: name a new or empty folder")
+            raise ValueError(
+                f"{photo_path(folder, task)} is another picture: name a new or empty folder"
+            )
 
 
 def write_photos(folder, tasks):
@@ -571,15 +680,36 @@ def write_photos(folder, tasks):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Draw flower photos of five classes.")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--per-class", type=int, default=120, metavar="N", help="photos of each class (default: 120)")
-    parser.add_argument("--size", type=int, default=256, metavar="S", help="width and height in pixels (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other flowers (default: 0)")
+    parser.add_argument(
+        "--per-class",
+        type=int,
+        default=120,
+        metavar="N",
+        help="photos of each class (default: 120)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=256,
+        metavar="S",
+        help="width and height in pixels (default: 256)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another seed draws other flowers (default: 0)"
+    )
     options = parser.parse_args(arguments)
     if options.per_class < 1 or options.size < SMALLEST_SIZE or options.seed < 0:
-        print(f"--per-class must be at least 1, --size at least {SMALLEST_SIZE}, --seed at least 0", file=sys.stderr)
+        print(
+            f"--per-class must be at least 1, --size at least {SMALLEST_SIZE}, --seed at least 0",
+            file=sys.stderr,
+        )
         return 2
     numbers = range(1, options.per_class + 1)
-    tasks = [(class_name, number, options.size, options.seed) for class_name in CLASS_NAMES for number in numbers]
+    tasks = [
+        (class_name, number, options.size, options.seed)
+        for class_name in CLASS_NAMES
+        for number in numbers
+    ]
     try:
         check_folder(options.folder, tasks)
         drawn = write_photos(options.folder, tasks)
@@ -587,7 +717,10 @@ def main(arguments=None):
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{error.filename or options.folder}: {error.strerror}: choose another folder", file=sys.stderr)
+        print(
+            f"{error.filename or options.folder}: {error.strerror}: choose another folder",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted: run the same command again to draw the rest", file=sys.stderr)
