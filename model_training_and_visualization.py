@@ -1,321 +1,631 @@
-"""See what a convolutional network sees: fine-tune InceptionV3 on photos, then draw what it has learnt.
+"""See what a convolutional network sees: fine-tune InceptionV3 on photos, then draw what it learnt.
 
     python create_train_val_test.py flowers
     python model_training_and_visualization.py
 
-The sections follow a run: 1 photos, 2 network, 3 training, 4 judgement, 5 activation grids, 6 filter patterns,
-7 heatmaps, 8 the page. Functions compute and return arrays; only save_*, write_*, draw_* and main touch the disk.
+The sections follow a run: 1 photos, 2 model, 3 training, 4 evaluation; then what can be seen in any
+convolutional classifier: 5 its layers, 6 activation grids, 7 filter patterns, 8 what fires a
+filter, 9 Grad-CAM heatmaps; at last 10 everything drawn, 11 the page, 12 the command line. Three
+functions work on their own, for any functional or Sequential Keras classifier that takes 0–255 RGB,
+and return arrays:
+
+    activation_grid(model, photo, "conv2d_3")
+    filter_patterns(model, "conv2d_39", range(64))
+    grad_cam(model, photo, "mixed10", class_index=2)
 """
 
 import argparse
+import contextlib
 import html
+import importlib
+import itertools
 import json
 import math
 import os
 import re
-import shlex
 import shutil
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections import namedtuple
-from functools import lru_cache, partial
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
+
+from create_train_val_test import (
+    PHOTO_SUFFIXES,
+    SPLITS,
+    Stop,
+    class_folders,
+    cores,
+    decode_photos,
+    is_hidden,
+    locked,
+    pasteable,
+    printable,
+    read_photo,
+    replace_when_whole,
+    run,
+)
+
+# ---- Settings: what a reader of this study would change ------------------------------------------
+
+AUGMENTATION = {
+    "rotation_range": 20,  # degrees either way
+    "width_shift_range": 0.2,  # of the side, either way
+    "height_shift_range": 0.2,
+    "horizontal_flip": True,
+}
+GRID_CONVOLUTIONS = (1, 4, 9)  # in the order of the graph, counted from 1
+PATTERN_CONVOLUTIONS = (3, 8, 40)
+DELETED_FRACTION = 0.2  # of a photo, blurred away to see what its heatmap is worth
+
+# ---- What can be asked for, before the libraries are loaded --------------------------------------
+# TensorFlow takes seconds to load; whoever asks for --help or mistypes an option need not wait.
+
+BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's, from the photo to the classes
+
+
+def parse_options():
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune InceptionV3 on split photos, then draw what it sees.",
+        usage="python model_training_and_visualization.py [options], --help for all",
+    )
+    add = parser.add_argument
+    folder = {"type": Path, "metavar": "DIR"}
+    add("--data", **folder, default=".", help="holds train, validation and test (default: here)")
+    add("--output", **folder, default="Images", help="where the pictures go (default: Images)")
+    add(
+        "--model",
+        type=Path,
+        default="inceptionv3.keras",
+        metavar="FILE",
+        help="where the model is saved, or drawn from (default: inceptionv3.keras)",
+    )
+    add("--skip-training", action="store_true", help="draw from the saved model in --model")
+    add(
+        "--photos",
+        type=Path,
+        nargs="+",
+        metavar="PHOTO",
+        help="own photos to explain; the first one feeds the activation grids",
+    )
+    add(
+        "--weights",
+        default="imagenet",
+        metavar="START",
+        help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
+    )
+    add("--epochs", type=int, default=10, metavar="N", help="of all phases (default: 10)")
+    add("--batch-size", type=int, default=32, metavar="N", help="photos a step (default: 32)")
+    add(
+        "--image-size",
+        type=int,
+        default=299,
+        metavar="N",
+        help="side of the model's square input, if the model leaves it open (default: 299)",
+    )
+    add(
+        "--freeze-below",
+        default="mixed7",
+        choices=["none", *BLOCKS],
+        metavar="BLOCK",
+        help="fine-tune from this block up; none: all layers (default: mixed7)",
+    )
+    add(
+        "--learning-rate",
+        type=float,
+        default=5e-4,
+        metavar="RATE",
+        help="the highest one (default: 5e-4)",
+    )
+    add("--mixed-precision", action="store_true", help="half precision where the machine can")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
+    options = parser.parse_args()
+    check_options(parser, options)
+    return options
+
+
+def check_options(parser, options):
+    """End the process with exit code 2 where an option makes no sense."""
+    limits = {
+        "epochs": (1, math.inf),
+        "batch_size": (1, math.inf),
+        "image_size": (75, math.inf),
+        "seed": (0, 2**32 - 1),
+        "learning_rate": (1e-9, math.inf),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= min(most, sys.float_info.max):
+            limit = f"from {least} to {most}" if most < math.inf else f"{least} or more"
+            parser.error(f"argument --{name.replace('_', '-')}: must be {limit}, not {value}")
+    file = printable(options.model)
+    suffixes = (".keras", ".h5", ".hdf5") if options.skip_training else (".keras",)
+    if options.model.suffix not in suffixes:
+        parser.error(f"argument --model: the name must end in {' or '.join(suffixes)}, not {file}")
+    if options.model.is_dir():
+        parser.error(f"argument --model: {file} is a folder; name a file")
+
+
+def load_libraries():
+    """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
+    if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
+        # It may name a backend that is missing, which ends the import; pictures need none.
+        os.environ.pop("MPLBACKEND", None)
+    for name in ("matplotlib", "cv2", "keras", "tensorflow"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            remedy = "Install what is missing: pip install -r requirements.txt"
+            raise Stop(f"{error}.\n{remedy}", 1) from error
+        except (ValueError, AttributeError, TypeError) as error:
+            settings = "matplotlibrc" if name == "matplotlib" else keras_home() / "keras.json"
+            reason = f"{name} cannot take its settings: {printable(str(error))[:200]}"
+            raise Stop(f"{printable(settings)}: {reason}\nMend or remove that file.", 1) from error
+    backend = sys.modules["keras"].backend.backend()
+    if backend != "tensorflow":  # only where Keras was loaded before, as in a notebook
+        raise Stop(f"Keras runs on {backend} here. Restart Python, and run this first.", 1)
+
+
+def keras_home():
+    """The folder of Keras's settings and downloads: $KERAS_HOME, ~/.keras, or else /tmp/.keras."""
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path raises where there is no home)
+    home = home if os.access(home, os.W_OK) else "/tmp"
+    return Path(os.path.expanduser(os.environ.get("KERAS_HOME", f"{home}/.keras")))  # noqa: PTH111
+
+
+# This code is written for Keras 3 on TensorFlow, whatever a settings file or a shell says.
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["TF_USE_LEGACY_KERAS"] = "0"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # 3: only what ends the process
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory: faster ascent
+
+if __name__ == "__main__":
+    run(parse_options)
+    run(load_libraries)
 
 import cv2
 import h5py
+import keras
 import matplotlib
+import matplotlib.style
 import numpy as np
-from matplotlib.colors import ListedColormap
+import rich.progress
+import tensorflow as tf
+from keras import layers
+from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from PIL import Image
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-from create_train_val_test import Stop, class_folders, cores, decode_photos, read_photo, replace_when_whole, run
+# All figures: dark, whatever a matplotlibrc says, with texts that can be read at half size.
+BACKGROUND = 24  # grey level, 0–255
+figure_style = matplotlib.style.context(
+    [
+        "default",
+        "dark_background",
+        {f"{part}.facecolor": "#181818" for part in ("figure", "axes", "savefig")},
+        {"font.size": 13, "axes.titlesize": 13, "figure.titlesize": 14},
+        {"text.parse_math": False},  # a $ in a file's name is just a $
+    ]
+)
 
-os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory at hand: patterns climb faster
-terminal = os.dup(2)
-try:  # what TensorFlow says while it loads stays off the terminal, unless TF_CPP_MIN_LOG_LEVEL asks for it
-    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    import keras
-    import tensorflow as tf
-    from keras import layers
-finally:
-    os.dup2(terminal, 2)
-
-# ---- Settings: what a reader of this study would change --------------------------------------------------------------
-
-AUGMENTATION = {"rotation_range": 20, "width_shift_range": 0.2, "height_shift_range": 0.2, "horizontal_flip": True}
-GRID_CONVOLUTIONS = (1, 4, 9)  # in the order of their creation, counted from 1
-HEATMAP_LAYER = "mixed10"
-DELETED_FRACTION = 0.2  # of a photo, blurred away to see what its heatmap is worth
-
-BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's blocks, from the photo to the classes
-METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-BACKGROUND = 24  # the sheets' grey level, and in STYLE that of all figures, where a $ in a file's name is just a $
-STYLE = {f"{part}.facecolor": "#181818" for part in ("figure", "axes", "savefig")} | {"text.parse_math": False}
-
-# ---- 1. Photos: from the split folders to augmented batches ----------------------------------------------------------
-# Each photo is squeezed to the square that the network takes, as 0–255 RGB. Training photos are turned, shifted and
-# mirrored at random in every epoch, so that the network never meets the same picture twice and learns none by heart.
+# ---- 1. Photos: from the split folders to augmented batches --------------------------------------
+# Each photo is squeezed to the square that the model takes, as 0–255 RGB. Training photos are
+# turned, shifted and mirrored at random in every epoch, so that the model never meets the same
+# picture twice and learns none by heart.
 
 
-@lru_cache(maxsize=4000)  # about 1 GB at 299 pixels; a larger set is decoded again in every epoch
-def network_input(path, size):
-    """Reads a photo as the network is to see it: (size, size, 3) uint8 RGB. Raises Stop if it does not decode."""
-    photo = Image.fromarray(read_photo(path, at_least=size))
-    return np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR))
+@lru_cache(maxsize=4000)  # about 1 GB at 299 pixels; more photos are decoded again in every epoch
+def model_input(path, height, width):
+    """A photo as the model is to see it: (height, width, 3) uint8 RGB, 0–255.
+
+    Raises Stop if it does not decode.
+    """
+    photo = Image.fromarray(read_photo(path, at_least=max(height, width)))
+    return np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
 
 
 class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
-    """ImageDataGenerator whose affine step is one OpenCV warp: the same picture as SciPy's, many times faster."""
+    """ImageDataGenerator whose affine step is one OpenCV warp: SciPy's picture, much faster."""
 
     def apply_transform(self, x, transform_parameters):
-        if self.fill_mode == "nearest":  # edges go on; the other modes stay with SciPy
-            nothing = {"theta": 0, "shear": 0, "tx": 0, "ty": 0, "zx": 1, "zy": 1}
-            theta, shear, *shift, zx, zy = (transform_parameters.get(name, nothing[name]) for name in nothing)
-            theta, shear = np.deg2rad([theta, shear])
-            rotation = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
-            linear = rotation @ [[zx, -np.sin(shear) * zy], [0, np.cos(shear) * zy]]
-            centre = np.array(x.shape[:2]) / 2 - 0.5
-            # As Keras composes them: the place in the photo, (x, y), of each place in the result.
-            matrix = np.column_stack([linear, centre + rotation @ shift - linear @ centre])
-            options = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": cv2.BORDER_REPLICATE}
-            x = cv2.warpAffine(x, matrix, x.shape[1::-1], **options)
-            transform_parameters = transform_parameters | nothing
+        """Turn, shift, shear, zoom and mirror a (height, width, 3) float photo; see Keras."""
+        if self.fill_mode == "nearest":  # the other modes stay with SciPy
+            names = ("theta", "tx", "ty", "shear", "zx", "zy")
+            affine = {
+                name: transform_parameters[name] for name in names if name in transform_parameters
+            }
+            x = affine_warp(x, **affine)
+            transform_parameters = {
+                name: value for name, value in transform_parameters.items() if name not in names
+            }
         return super().apply_transform(x, transform_parameters)
 
-    def flow_from_directory(self, directory, **options):
-        return PhotoIterator(directory, self, **options)
+
+def affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
+    """Keras's affine transform of a (height, width, 3) photo, its edge pixels carried on outwards.
+
+    theta and shear in degrees, tx and ty in pixels, zx and zy as factors of the scale.
+    """
+    theta, shear = np.deg2rad([theta, shear])
+    rotation = np.array([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]])
+    linear = rotation @ [[zx, -np.sin(shear) * zy], [0, np.cos(shear) * zy]]
+    centre = np.array(photo.shape[:2]) / 2 - 0.5
+    offset = centre + rotation @ [tx, ty] - linear @ centre
+    return cv2.warpAffine(
+        photo,
+        np.column_stack([linear, offset]),  # from a pixel of the result to its place in the photo
+        photo.shape[1::-1],
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
 
 
-class PhotoIterator(tf.keras.preprocessing.image.DirectoryIterator):
-    """Batches ((n, size, size, 3) float32 0–255, (n, classes) one-hot) of the photos in a split folder."""
+class PhotoBatches(keras.utils.PyDataset):
+    """Batches of photos (n, size, size, 3) float32 RGB, 0–255, and labels (n, classes) one-hot.
 
-    epoch, seeding = 0, threading.Lock()  # Keras draws from NumPy's global generator, which all workers share
+    With a generator they come shuffled and augmented anew in every epoch, and the same for the same
+    seed and epoch, whichever worker builds them.
+    """
 
-    def __getitem__(self, batch_number):  # the same for a seed, epoch and number, whichever worker builds it
-        numbers = np.arange(self.n)
-        if self.shuffle:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(numbers)
-        numbers = numbers[batch_number * self.batch_size :][: self.batch_size]
-        return np.stack([self.augmented(number) for number in numbers]), np.eye(self.num_classes)[self.classes[numbers]]
+    seeding = threading.Lock()  # Keras draws from NumPy's global generator, which workers share
 
-    def augmented(self, number):
-        photo = network_input(self.filepaths[number], self.target_size[0]).astype("float32")
-        seed = np.random.SeedSequence([self.seed, self.epoch, number]).generate_state(1)[0]
+    def __init__(self, paths, labels, class_count, size, batch_size, generator=None, seed=0):
+        super().__init__(workers=min(8, cores()))
+        self.paths, self.labels, self.class_count = paths, np.asarray(labels), class_count
+        self.height, self.width = size
+        self.batch_size, self.generator, self.seed = batch_size, generator, seed
+        self.epoch = 0
+
+    def __len__(self):
+        return math.ceil(len(self.paths) / self.batch_size)
+
+    def __getitem__(self, batch_index):
+        order = np.arange(len(self.paths))
+        if self.generator:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        start = batch_index * self.batch_size
+        chosen = order[start : start + self.batch_size]
+        photos = np.stack([self.photo(index) for index in chosen])
+        return photos, np.eye(self.class_count, dtype="float32")[self.labels[chosen]]
+
+    def photo(self, index):
+        """One photo, augmented if there is a generator: (height, width, 3) float32, 0–255."""
+        photo = model_input(self.paths[index], self.height, self.width).astype("float32")
+        if self.generator is None:
+            return photo
+        sequence = np.random.SeedSequence([self.seed, self.epoch, index])
         with self.seeding:
-            parameters = self.image_data_generator.get_random_transform(photo.shape, seed)
-        return self.image_data_generator.standardize(self.image_data_generator.apply_transform(photo, parameters))
+            seed = sequence.generate_state(1)[0]
+            parameters = self.generator.get_random_transform(photo.shape, seed)
+        return self.generator.apply_transform(photo, parameters)
 
     def on_epoch_end(self):
         self.epoch += 1
 
 
-def open_splits(data, names, size, batch_size, seed):
-    """Opens the named split folders and decodes each photo once: {name: PhotoIterator}; "train" comes augmented.
+def photo_files(folder):
+    """The sorted paths of the photos in a folder and its visible subfolders."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
 
-    Raises Stop where a class is missing or empty, a photo does not decode, or the splits hold different classes.
+
+def open_split(folder, size, batch_size, seed=0, generator=None):
+    """The photos of a split folder, as (PhotoBatches, class names).
+
+    Raises Stop where classes or their photos are missing, or a photo does not decode.
     """
-    splits, again = {}, f"split again: python create_train_val_test.py PHOTOS --output {data} --overwrite"
-    for name in names:
-        folder = data / name
-        classes = class_folders(folder) if folder.is_dir() else []
-        if len(classes) < 2:
-            lack = "needs two class folders or more" if folder.is_dir() else "no such folder"
-            raise Stop(f"{folder}: {lack}.\nSplit your photos: python create_train_val_test.py PHOTOS --output {data}")
-        options = {"target_size": (size, size), "batch_size": batch_size, "seed": seed, "shuffle": name == "train"}
-        generator = PhotoGenerator(**AUGMENTATION if name == "train" else {})
-        splits[name] = generator.flow_from_directory(str(folder), classes=classes, **options)
-        splits[name].workers = min(8, cores())
-        if different := splits[name].class_indices.keys() ^ splits[names[0]].class_indices:
-            lists = f"hold different classes: {', '.join(sorted(different))}"
-            raise Stop(f"{data / names[0]} and {folder} {lists}.\nThen {again}")
-        if empty := [classes[k] for k in set(range(len(classes))) - set(splits[name].classes)]:
-            raise Stop(f"{folder}: no photos in {', '.join(empty)}.\nAdd some, and {again}")
-    for name, photos in splits.items():
-        try:
-            for _ in decode_photos(photos.filepaths, partial(network_input, size=size), f"Checking {name}"):
-                pass
-        except Stop as stop:
-            raise Stop(f"{stop}.\nRemove it, or {again}") from stop
-    return splits
+    remedy = "Split your photos: " + split_command(folder.parent)
+    if not folder.is_dir():
+        raise Stop(f"{printable(folder)}: no such folder.\n{remedy}")
+    class_names = class_folders(folder)
+    if len(class_names) < 2:
+        raise Stop(f"{printable(folder)}: needs two class folders or more.\n{remedy}")
+    files = [photo_files(folder / name) for name in class_names]
+    empty = [printable(name) for name, found in zip(class_names, files, strict=True) if not found]
+    if empty:
+        raise Stop(f"{printable(folder)}: no photos in {', '.join(empty)}.\n{remedy}")
+    paths = [path for found in files for path in found]
+    labels = np.repeat(np.arange(len(files)), [len(found) for found in files])
+    decode = partial(model_input, height=size[0], width=size[1])
+    try:
+        for _ in decode_photos(paths, decode, f"Checking {folder.name}"):
+            pass
+    except Stop as stop:
+        raise Stop(f"{stop}\nRemove it, or split again: {split_command(folder.parent)}") from stop
+    batches = PhotoBatches(paths, labels, len(class_names), size, batch_size, generator, seed)
+    return batches, class_names
 
 
-# ---- 2. Network: InceptionV3 with a new head -------------------------------------------------------------------------
-# The convolutions of InceptionV3 turn a photo into 2048 small maps ("mixed10"); their means go through a small
-# classifier, the head. The graph is flat, so that every layer can be asked for by its name, and the network scales the
-# pixels itself: whoever loads the saved file feeds plain photos and cannot get the range wrong.
+def split_command(folder):
+    """The command that fills the folder with train, validation and test."""
+    script = "create_train_val_test.py"
+    return pasteable("python", script, "PHOTOS", "--output", os.fspath(folder), "--overwrite")
 
 
-def build_network(class_count, image_size, weights):
-    """InceptionV3 on 0–255 RGB with a softmax over the classes; weights: "none", "imagenet" or a file, see --help."""
+def open_all_splits(data, size, batch_size, seed):
+    """{"train", "validation", "test": PhotoBatches}, training photos augmented, and class names.
+
+    Raises Stop where a split cannot be used, or the splits hold different classes.
+    """
+    generator = PhotoGenerator(**AUGMENTATION)
+    opened = {
+        name: open_split(
+            data / name, size, batch_size, seed, generator if name == "train" else None
+        )
+        for name in SPLITS
+    }
+    _, class_names = opened["train"]
+    for name, (_, others) in opened.items():
+        if others != class_names:
+            different = ", ".join(map(printable, sorted(set(others) ^ set(class_names))))
+            folders = f"{printable(data / 'train')} and {printable(data / name)}"
+            message = f"{folders} hold different classes: {different}."
+            raise Stop(f"{message}\nSplit again: {split_command(data)}")
+    return {name: batches for name, (batches, _) in opened.items()}, class_names
+
+
+# ---- 2. Model: InceptionV3 with a new head -------------------------------------------------------
+# The convolutions of InceptionV3 turn a photo into 2048 small feature maps ("mixed10"); their means
+# go through a small classifier, the head. The model scales the pixels itself: whoever loads the
+# saved file feeds plain photos and cannot get the range wrong.
+
+
+def build_model(class_count, image_size, weights):
+    """InceptionV3 on (n, size, size, 3) RGB, 0–255, with a softmax over the classes.
+
+    weights: "imagenet", "none" (from scratch) or a file. Raises Stop where they cannot be had.
+    """
     photo = keras.Input((image_size, image_size, 3), name="photo")
-    scaled = layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(photo)  # to [-1, 1], as ImageNet's weights expect
+    # ImageNet's weights expect [-1, 1].
+    scaled = layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(photo)
     base = keras.applications.InceptionV3(include_top=False, weights=None, input_tensor=scaled)
-    for layer in in_creation_order(base, layers.BatchNormalization):
-        layer.momentum = 0.9  # at 0.99 the statistics lag hundreds of steps behind, and validation looks random
+    for layer in base.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            # At Keras's 0.99 the moving statistics lag hundreds of steps behind a short run.
+            layer.momentum = 0.9
     if weights == "imagenet":
         load_imagenet_weights(base)
     elif weights != "none":
         load_backbone_weights(base, Path(weights))
     pooled = layers.GlobalAveragePooling2D()(base.output)
-    hidden = layers.Dropout(0.1)(layers.Dense(256, activation="relu")(pooled))
-    return keras.Model(photo, layers.Dense(class_count, activation="softmax", dtype="float32")(hidden))
+    hidden = layers.Dense(256, activation="relu")(pooled)
+    hidden = layers.Dropout(0.1)(hidden)
+    probabilities = layers.Dense(class_count, activation="softmax", dtype="float32")(hidden)
+    return keras.Model(photo, probabilities)
 
 
 def load_imagenet_weights(base):
-    """Gives the backbone ImageNet's weights, which Keras downloads once. Raises Stop where it cannot."""
+    """Give the backbone ImageNet's weights, which Keras downloads once.
+
+    Raises Stop, naming the file and where to put it, where they cannot be fetched.
+    """
     address = sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
     try:
-        base.set_weights(keras.applications.InceptionV3(include_top=False, weights="imagenet").get_weights())
+        pretrained = keras.applications.InceptionV3(include_top=False, weights="imagenet")
     except Exception as error:  # Keras raises a bare Exception where it cannot reach the address
-        cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / address.rpartition("/")[2]
+        file = download_folder() / "models" / address.rpartition("/")[2]
         raise Stop(
-            f"ImageNet's weights cannot be fetched from {address}\nPut that file by hand at {cache},\n"
-            "or start from a file of your own with --weights FILE, or from scratch with --weights none.",
+            f"ImageNet's weights cannot be fetched from {address}\n"
+            f"Put that file by hand at {printable(file)},\n"
+            "or start from a file with --weights FILE, or from scratch with --weights none.",
             exit_code=1,
         ) from error
+    base.set_weights(pretrained.get_weights())
+
+
+def download_folder():
+    """Where Keras looks for its downloads: in its home, or where that is read-only in /tmp."""
+    temporary = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
+    home = keras_home()
+    return home if os.access(home, os.W_OK) else Path(temporary, ".keras")
 
 
 def load_backbone_weights(base, path):
-    """Gives the backbone the weights of a file or of a saved model's backbone. Raises Stop for other files."""
-    if not path.is_file():
-        raise Stop(f"--weights {path}: no such file. Give imagenet, none, or a weights file or model of InceptionV3.")
-    try:
-        if path.suffix == ".keras" or "model_config" in h5py.File(path).attrs:  # a whole network
-            saved = keras.saving.load_model(path, compile=False)  # in safe mode: no code from the file is run
-            base.set_weights(keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output).get_weights())
-        else:
-            base.load_weights(path)
-    except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        remedy = "Give a .keras model of this script, or an .h5 weights file of InceptionV3 without its top."
-        raise Stop(f"--weights {path}: does not hold InceptionV3's weights.\n{remedy}") from error
+    """Give the backbone the weights of a file, with a classifier on top of them or without.
 
-
-def load_network(path):
-    """Loads a saved classifier to draw the pictures from. Raises Stop naming what it lacks."""
-    if not path.is_file():
-        raise Stop(f"--model {path}: no such file. Train one first (without --skip-training), or name another.")
-    try:
-        network = keras.saving.load_model(path, compile=False)  # in safe mode: no code from the file is run
-    except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        raise Stop(f"--model {path}: is no network that Keras can load.\nTrain one, or name another.") from error
-    if lack := what_network_lacks(network):
-        raise Stop(f"--model {path}: the pictures need {lack}.\nName another, or train one.")
-    return network
-
-
-def what_network_lacks(network):
-    """What keeps a network from being a flat InceptionV3 classifier of 0–255 RGB, in words; None if nothing does."""
-    convolutions, shape = in_creation_order(network, layers.Conv2D), network.input_shape[1:]
-    if len(convolutions) != 94 or not set(BLOCKS) <= {layer.name for layer in network.layers}:
-        return "InceptionV3's 94 convolutions and its blocks mixed0 to mixed10 in one flat graph"
-    if None in shape or shape != (shape[0], shape[0], 3):
-        return "a square RGB input of a fixed size"
-    black_and_white = np.stack([np.zeros(shape, "float32"), np.full(shape, 255, "float32")])
-    black, white = np.mean(keras.Model(network.input, convolutions[0].input)(black_and_white), axis=(1, 2, 3))
-    if not 0.5 < white - black < 2.5:
-        return "a scaling of 0–255 RGB inside, as Rescaling(1/127.5, offset=-1) after the input"
-    if getattr(network.layers[-1], "activation", None) is not keras.activations.softmax:
-        return "a softmax at its end"
-    return None
-
-
-def in_creation_order(network, layer_type):
-    """The network's layers of one type, first created first."""
-    # Keras sorts network.layers by depth, and its names count on over all networks of a process: the first convolution
-    # may be called "conv2d" or "conv2d_94". The number at the end of the name still tells the order of creation.
-    chosen = [layer for layer in network.layers if isinstance(layer, layer_type)]
-    return sorted(chosen, key=lambda layer: int(re.search(r"(?:_(\d+))?$", layer.name)[1] or 0))
-
-
-# ---- 3. Training: first the head, then the network -------------------------------------------------------------------
-# Pretrained layers know edges, petals and textures; a new head knows nothing, and its first wild gradients would spoil
-# them. So the head learns alone on the frozen base ("head"), then the upper blocks follow at a low learning rate that
-# falls along a cosine ("fine-tuning"). From scratch all layers learn at once, after a short warm-up ("scratch").
-
-
-# A stretch of epochs, from first to before last, counted from 0, in which the layers from a block up learn ("head": the
-# head alone, "none": all) at one rate, or up to it and down to 0 along a cosine.
-Phase = namedtuple("Phase", "name first last freeze_below learning_rate cosine")
-
-
-def training_phases(epochs, weights, freeze_below, learning_rate=None):
-    """The phases of a run: one from scratch; from given weights a fifth of the epochs for the head, then the rest."""
-    if weights == "none":
-        return [Phase("scratch", 0, epochs, "none", learning_rate or 5e-4, cosine=True)]
-    head_epochs = math.ceil(epochs / 5)
-    head = Phase("head", 0, head_epochs, "head", 1e-3, cosine=False)
-    fine_tuning = Phase("fine-tuning", head_epochs, epochs, freeze_below, learning_rate or 2e-4, cosine=True)
-    return [head, fine_tuning] if epochs > head_epochs else [head]
-
-
-def freeze(network, below):
-    """Lets the layers from a block up learn and no others; "head" leaves only the head, "none" freezes nothing."""
-    stem_end = in_creation_order(network, layers.MaxPooling2D)[1].name if below != "none" else None
-    last_frozen = {"none": None, "head": BLOCKS[-1], **dict(zip(BLOCKS, [stem_end, *BLOCKS], strict=False))}[below]
-    frozen = keras.Model(network.input, network.get_layer(last_frozen).output).layers if last_frozen else []
-    for layer in network.layers:
-        layer.trainable = layer not in frozen  # a frozen BatchNormalization also runs in inference mode
-
-
-def compile_for(network, phase, steps_per_epoch):
-    """Freezes what the phase freezes, and gives the network its loss and an Adam at the phase's learning rate."""
-    freeze(network, phase.freeze_below)
-    rate, steps = phase.learning_rate, steps_per_epoch * (phase.last - phase.first)
-    if phase.cosine:
-        warm_up = max(1, steps // 10)
-        cosine = partial(keras.optimizers.schedules.CosineDecay, warmup_target=rate, warmup_steps=warm_up)
-        rate = cosine(0.0, max(1, steps - warm_up))
-    network.compile(keras.optimizers.Adam(rate), loss="categorical_crossentropy", metrics=["accuracy"])
-    # Optimizer and metrics make their variables now: made in the first step, they would have it traced twice.
-    network.optimizer.build(network.trainable_variables)
-    nothing = np.zeros((1, *network.output_shape[1:]), "float32")
-    network.compute_metrics(None, nothing, nothing)
-    network.reset_metrics()
-
-
-class EpochBar(keras.callbacks.Callback):
-    """A progress bar for each epoch with photos per second and time left; then a line with the epoch's figures."""
-
-    def __init__(self, bar, phase, photos):
-        super().__init__()
-        self.bar, self.phase, self.photos = bar, phase, photos
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.title, self.start = f"Epoch {epoch + 1}/{self.phase.last} {self.phase.name}", time.perf_counter()
-        self.task = self.bar.add_task(self.title, total=self.photos.n, speed="")
-
-    def on_train_batch_end(self, batch, logs=None):
-        seen = min(self.photos.n, (batch + 1) * self.photos.batch_size)
-        speed = f"{seen / (time.perf_counter() - self.start):.0f} photos/s"
-        self.bar.update(self.task, completed=seen, speed=speed)
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.bar.remove_task(self.task)
-        figures = "  ".join(f"{name} {logs[name]:.4f}" for name in METRICS)
-        print(f"{self.title}: {figures}  ({time.perf_counter() - self.start:.0f} s)", flush=True)
-
-
-class EpochBackup(keras.callbacks.Callback):
-    """Keeps weights, optimizer and history of whole epochs in a folder, so that an interrupted run can go on.
-
-    Unlike Keras's BackupAndRestore it writes no file in place: an epoch counts once state.json, written last, names it.
-    The last two stay, in case the last cannot be read, and the best so far of both. Raises Stop where the loss is NaN.
+    The file is a .keras or .h5 model, a .weights.h5 file, or one that Keras itself downloads
+    (…_kernels_notop.h5, and …_kernels.h5 with its 1000 classes). Raises Stop for other files.
     """
+    name = printable(path)
+    if not path.is_file():
+        choices = "Give imagenet, none, or a file of InceptionV3's weights."
+        raise Stop(f"--weights {name}: no such file. {choices}")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
+            if holds_model(path):
+                # Safe mode, which is Keras's default, runs no code from the file.
+                saved = keras.saving.load_model(path, compile=False)
+                backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
+                base.set_weights(backbone.get_weights())
+            else:
+                with_top(base, classes_of_top(path)).load_weights(path)
+    except Exception as error:  # a foreign file can fail in as many ways as there are formats
+        raise Stop(
+            f"--weights {name}: does not hold InceptionV3's weights.\n"
+            "Give a model of this script, a .weights.h5 file, or a file that Keras downloads:\n"
+            "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5 or …_kernels.h5."
+        ) from error
+
+
+def holds_model(path):
+    """Whether a file holds a model, its graph and its weights, and not weights alone."""
+    if path.suffix == ".keras":
+        return True
+    with h5py.File(path) as file:
+        return "model_config" in file.attrs
+
+
+def classes_of_top(path):
+    """How many classes a weights file in Keras 2's layout was trained on; 0 without a top."""
+    with h5py.File(path) as file:
+        if "predictions" not in file:  # the name of Keras's own last layer
+            return 0
+        top = file["predictions"]
+        return len(top[top.attrs["weight_names"][-1]])
+
+
+def with_top(base, class_count):
+    """The backbone with Keras's own classifier on top, as files with a top expect it.
+
+    Such a file names no layer that can be relied on: its weights go to the layers in order.
+    """
+    if not class_count:
+        return base
+    pooled = layers.GlobalAveragePooling2D()(base.output)
+    return keras.Model(base.input, layers.Dense(class_count)(pooled))
+
+
+# ---- 3. Training: first the head, then the upper blocks ------------------------------------------
+# Pretrained layers know edges, petals and textures; a new head knows nothing, and its first wild
+# gradients would spoil them. So the head learns alone on the frozen base ("head"), then the upper
+# blocks follow at a low learning rate that falls along a cosine ("fine-tuning"). From scratch all
+# layers learn at once, after a short warm-up ("scratch").
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs in which the layers from a block up learn at one learning rate."""
+
+    name: str
+    start_epoch: int  # counted from 0
+    end_epoch: int  # the first that no longer belongs to it
+    freeze_below: str  # a block; "head": only the head learns; "none": everything does
+    learning_rate: float
+    cosine: bool  # the rate warms up and falls to 0 along a cosine
+    batch_statistics: bool = True  # BatchNormalization learns, on each batch's mean and variance
+
+
+def training_phases(epochs, weights, freeze_below, learning_rate=5e-4):
+    """The phases of a run: one from scratch; from given weights the head's fifth, then the rest."""
+    if weights == "none":
+        return [Phase("scratch", 0, epochs, "none", learning_rate, cosine=True)]
+    head_end = math.ceil(epochs / 5)
+    head = Phase("head", 0, head_end, "head", 1e-3, cosine=False, batch_statistics=False)
+    fine_tuning = Phase(
+        "fine-tuning",
+        head_end,
+        epochs,
+        freeze_below,
+        learning_rate,
+        cosine=True,
+        batch_statistics=False,
+    )
+    return [head, fine_tuning] if epochs > head_end else [head]
+
+
+def freeze(model, phase):
+    """Let the layers that the phase names learn, and no others.
+
+    A frozen BatchNormalization scales by the moving mean and variance that came with the weights,
+    in training as in validation, and on such features the head learns. Were the blocks above to go
+    over to the statistics of each batch when they are unfrozen, every feature would change, and
+    what the head has learnt would be thrown away.
+    """
+    below = phase.freeze_below
+    poolings = [layer for layer in model.layers if isinstance(layer, layers.MaxPooling2D)]
+    last_frozen = {"none": None, "head": BLOCKS[-1]}
+    if below in BLOCKS:
+        # What comes before mixed0 is the stem, which ends with the second pooling.
+        ends = [poolings[1].name, *BLOCKS]
+        last_frozen[below] = ends[BLOCKS.index(below)]
+    frozen = []
+    if last_frozen[below]:
+        frozen = keras.Model(model.input, model.get_layer(last_frozen[below]).output).layers
+    for layer in model.layers:
+        normalizes = isinstance(layer, layers.BatchNormalization)
+        layer.trainable = layer not in frozen and (phase.batch_statistics or not normalizes)
+
+
+def compile_for(model, phase, steps_per_epoch):
+    """Freeze what the phase freezes; set the loss, and an Adam at the phase's learning rate."""
+    freeze(model, phase)
+    rate = phase.learning_rate
+    if phase.cosine:
+        steps = steps_per_epoch * (phase.end_epoch - phase.start_epoch)
+        warm_up = max(1, steps // 10)  # Adam knows nothing of the gradients yet: small steps first
+        rate = keras.optimizers.schedules.CosineDecay(
+            initial_learning_rate=0.0,
+            warmup_target=phase.learning_rate,
+            warmup_steps=warm_up,
+            decay_steps=max(1, steps - warm_up),
+        )
+    optimizer = keras.optimizers.Adam(rate)
+    model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
+    # Optimizer and metrics make their variables now: in the first step they would trace it twice.
+    model.optimizer.build(model.trainable_variables)
+    nothing = np.zeros((1, *model.output_shape[1:]), "float32")
+    model.compute_metrics(None, nothing, nothing)
+    model.reset_metrics()
+
+
+def train(model, splits, phases, checkpoints):
+    """Train through the phases, from the epoch where the checkpoints stand.
+
+    Raises Stop where the loss becomes NaN or the memory runs out.
+    """
+    photos = splits["train"]
+    for phase in phases:
+        if checkpoints.epochs >= phase.end_epoch:
+            continue
+        compile_for(model, phase, len(photos))
+        if checkpoints.epochs > phase.start_epoch:
+            # Once more, now with the optimizer's state.
+            model.load_weights(checkpoints.file_of(checkpoints.epochs))
+        photos.epoch = checkpoints.epochs
+        epochs = f"epochs {checkpoints.epochs + 1} to {phase.end_epoch}"
+        print(f"Phase {phase.name}: {epochs}, learning rate {phase.learning_rate:g}.")
+        print("Before its first step it is compiled, which takes a while.", flush=True)
+        try:
+            model.fit(
+                photos,
+                validation_data=splits["validation"],
+                shuffle=False,  # the photos shuffle themselves, by seed and epoch
+                initial_epoch=checkpoints.epochs,
+                epochs=phase.end_epoch,
+                callbacks=[keras.callbacks.TerminateOnNaN(), checkpoints],
+                verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch
+            )
+        except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+            remedy = "Train with a smaller --batch-size or --image-size."
+            raise Stop(f"Out of memory. {remedy}", 1) from error
+        except KeyboardInterrupt:
+            if checkpoints.epochs:
+                kept = f"Epochs kept: {checkpoints.epochs}"
+                print(f"\n{kept}; the same command with --resume goes on.", flush=True)
+            raise
+
+
+METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Keeps whole epochs in a folder, so that an interrupted run can go on.
+
+    A checkpoint is one .keras file with weights, optimizer, settings and history. Unlike Keras's
+    BackupAndRestore it is never written in place. The last two stay, in case the last cannot be
+    read, and the best so far of both. Raises Stop where the loss is NaN.
+    """
+
+    RECORD = "record.json"  # in the file, beside what Keras writes: settings and history
 
     def __init__(self, folder, settings):
         super().__init__()
-        self.folder, self.settings, self.run_name = folder, settings, f"{time.time_ns():x}"
+        self.folder, self.settings = folder, settings
+        self.run_name = f"{time.time_ns():x}"  # sorts later runs after earlier ones
         self.history = {name: [] for name in METRICS}
 
     @property
     def epochs(self):
+        """How many epochs are done."""
         return len(self.history["loss"])
 
     @property
@@ -323,560 +633,1817 @@ class EpochBackup(keras.callbacks.Callback):
         """The epoch of the lowest validation loss, counted from 1; 0 before the first."""
         return int(np.argmin(self.history["val_loss"])) + 1 if self.epochs else 0
 
-    def weights_file(self, epoch):
-        return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"  # HDF5 itself crashes on a full disk
+    def file_of(self, epoch):
+        return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"
 
     def on_epoch_end(self, epoch, logs=None):
         if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
             rate = f"at learning rate {float(self.model.optimizer.learning_rate):.2g}"
-            kept = f"Best weights so far: {self.weights_file(self.best_epoch)}. " if self.epochs else ""
+            best = printable(self.file_of(self.best_epoch))
+            kept = f"Best weights so far: {best}. " if self.epochs else ""
             remedy = f"{kept}Train with a smaller --learning-rate."
             raise Stop(f"The loss became NaN in epoch {epoch + 1} {rate}.\n{remedy}", exit_code=1)
         history = {name: [*values, float(logs[name])] for name, values in self.history.items()}
+        record = json.dumps({"settings": self.settings, "history": history})
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_when_whole(self.weights_file(epoch + 1)) as partial:
-            self.model.save(partial)
-        state = {"run_name": self.run_name, "settings": self.settings, "history": history}
-        write_json(self.folder / "state.json", state)
+        with replace_when_whole(self.file_of(epoch + 1)) as partial_path:
+            self.model.save(partial_path)
+            with zipfile.ZipFile(partial_path, "a") as archive:
+                archive.writestr(self.RECORD, record)
         needed = {self.epochs, self.best_epoch}
         self.history = history
         needed |= {self.epochs, self.best_epoch}
-        for file in set(self.folder.glob("*.keras")) - {self.weights_file(number) for number in needed}:
+        for file in set(self.folder.glob("*.keras")) - {self.file_of(number) for number in needed}:
             file.unlink()
 
-    def resume(self, network):
-        """Loads the newest epoch that can be read into an uncompiled network. Raises Stop if the settings differ."""
-        state = read_json(self.folder / "state.json")
-        if state is None:
-            raise Stop(f"--resume: no interrupted run in {self.folder}. Leave out --resume to start a new one.")
-        before = state["settings"]
-        if differing := [name for name in self.settings if before.get(name) != self.settings[name]]:
-            was = "; ".join(f"{name} {before.get(name)}, not {self.settings[name]}" for name in differing)
-            raise Stop(f"--resume: the run in {self.folder} had {was}.\nGive the same, or leave out --resume.")
-        self.run_name = state["run_name"]
-        for epoch in range(len(state["history"]["loss"]), 0, -1):
+    def newest(self):
+        """Yield (file, settings, history) of each epoch that can be read, the newest one first."""
+        for file in sorted(self.folder.glob("*_epoch_*.keras"), reverse=True):
             try:
-                network.load_weights(self.weights_file(epoch))
-                self.history = {name: values[:epoch] for name, values in state["history"].items()}
-                return
-            except Exception:  # a file that was cut off can fail in many ways
-                print(f"{self.weights_file(epoch)}: cannot be read. Going on from the epoch before it.")
-        raise Stop(f"--resume: no epoch in {self.folder} can be read. Leave out --resume to start a new run.", 1)
+                with zipfile.ZipFile(file) as archive:
+                    record = json.loads(archive.read(self.RECORD))
+                yield file, record["settings"], record["history"]
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
 
+    def resume(self, model):
+        """Load the newest epoch that can be read into an uncompiled model.
 
-def read_json(path):
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-
-def write_json(path, content):
-    with replace_when_whole(path) as partial:
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
-
-
-def train(network, splits, phases, backup):
-    """Trains through the phases, from the epoch where backup stands. Raises Stop on NaN and when memory runs out."""
-    photos = splits["train"]
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-    for phase in phases:
-        if backup.epochs >= phase.last:
-            continue
-        compile_for(network, phase, len(photos))
-        if backup.epochs > phase.first:
-            network.load_weights(backup.weights_file(backup.epochs))  # now with the optimizer's own state
-        photos.epoch = backup.epochs
-        with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-            callbacks = [keras.callbacks.TerminateOnNaN(), backup, EpochBar(bar, phase, photos)]
-            options = {"initial_epoch": backup.epochs, "epochs": phase.last, "callbacks": callbacks, "verbose": 0}
-            try:  # photos shuffles itself, by seed and epoch; Keras would shuffle the batches too
-                network.fit(photos, validation_data=splits["validation"], shuffle=False, **options)
-            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                raise Stop("Out of memory. Train with a smaller --batch-size or --image-size.", 1) from error
-            except KeyboardInterrupt:
-                if backup.epochs:
-                    print(f"Epochs kept: {backup.epochs}; the same command with --resume goes on.", flush=True)
-                raise
+        Raises Stop if there is none, or its settings differ.
+        """
+        folder, remedy = printable(self.folder), "leave out --resume to start a new run."
+        for file, settings, history in self.newest():
+            different = [
+                name for name in self.settings if settings.get(name) != self.settings[name]
+            ]
+            if different:
+                was = (
+                    f"{name} {settings.get(name)}, not {self.settings[name]}" for name in different
+                )
+                message = f"--resume: the run in {folder} had {'; '.join(was)}."
+                raise Stop(f"{message}\nGive the same, or {remedy}")
+            try:
+                model.load_weights(file)
+            except Exception:  # a damaged file can fail in many ways
+                print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
+                continue
+            self.run_name, self.history = file.name.partition("_epoch_")[0], history
+            return
+        raise Stop(f"--resume: no epoch in {folder} can be read.\nL{remedy[1:]}")
 
 
 def half_precision():
-    """Keras's dtype policy for half precision, or for full precision where the machine does not compute in it."""
-    cpu = Path("/proc/cpuinfo")
+    """Keras's dtype policy for half precision, or for full where the machine lacks it."""
     if tf.config.list_physical_devices("GPU"):
         return "mixed_float16"
-    if cpu.is_file() and {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu.read_text().split()):
+    if computes_in_bfloat16():
         return "mixed_bfloat16"
-    print("--mixed-precision: no GPU, nor a CPU that is known to compute in bfloat16; going on in float32.")
+    print("--mixed-precision: no GPU, nor a CPU known to compute in bfloat16; float32 is used.")
     return "float32"
 
 
+def computes_in_bfloat16():
+    """Whether the CPU is known to have instructions for bfloat16."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().split() if cpu.is_file() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
 def training_strategy():
-    """Mirrors the network over all GPUs (or logical CPUs) where there are several."""
+    """Mirrors the model over all GPUs (or logical CPUs) where there are several."""
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    several = len(devices) > 1
-    return tf.distribute.MirroredStrategy([it.name for it in devices]) if several else tf.distribute.get_strategy()
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()
 
 
-# ---- 4. Judgement: what the network gets right and wrong -------------------------------------------------------------
-# The test photos took no part in training, nor in the choice of the best epoch: their figures tell how the network does
-# on photos that it has never met. They are asked for once, at the end.
+# ---- 4. Evaluation: what the model gets right and wrong ------------------------------------------
+# The test photos took no part in training, nor in the choice of the best epoch: their metrics tell
+# how the model does on photos that it has never met. They are asked for once, at the end.
 
 
-def class_report(confusions, class_names):
-    """Lines of precision and recall of each class, and one on the two classes most often taken for each other."""
-    width = max(map(len, class_names))
-    lines = [f"{'class':{width}}  precision  recall  photos"]
-    for k, name in enumerate(class_names):
-        predicted, photos = confusions[:, k].sum(), confusions[k].sum()
-        precision = f"{confusions[k, k] / predicted:.2f}" if predicted else "—"
-        lines.append(f"{name:{width}}  {precision:>9}  {confusions[k, k] / photos:6.2f}  {photos:6}")
-    mixed_up = np.triu(confusions + confusions.T, 1)
-    one, other = np.unravel_index(mixed_up.argmax(), mixed_up.shape)
-    pair = f"{class_names[one]} and {class_names[other]}, {mixed_up.max()} of {confusions[[one, other]].sum()} photos"
-    return "\n".join([*lines, f"Most confused: {pair}." if mixed_up.any() else "No class is taken for another."])
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model predicts for photos whose class is known."""
+
+    class_names: list
+    labels: np.ndarray  # (n,) true class indices
+    probabilities: np.ndarray  # (n, classes) float, each row sums to 1
+
+    @cached_property
+    def predicted(self):
+        return self.probabilities.argmax(1)
+
+    @cached_property
+    def accuracy(self):
+        return float(np.mean(self.predicted == self.labels))
+
+    @cached_property
+    def loss(self):
+        losses = keras.losses.sparse_categorical_crossentropy(self.labels, self.probabilities)
+        return float(np.mean(losses))
+
+    @cached_property
+    def confusion(self):
+        """(classes, classes) counts: row the true class, column the predicted one."""
+        counts = np.zeros((len(self.class_names),) * 2, int)
+        np.add.at(counts, (self.labels, self.predicted), 1)
+        return counts
+
+    @property
+    def chance(self):
+        """The accuracy that guessing the most frequent class reaches, within two deviations."""
+        share = np.bincount(self.labels).max() / len(self.labels)
+        return share + 2 * math.sqrt(share * (1 - share) / len(self.labels))
 
 
-def telling_photos(probabilities, labels):
-    """Numbers of the photos, most telling first: the surest right one, the worst mistakes, the least certain."""
-    true, right = probabilities[np.arange(len(labels)), labels], probabilities.argmax(1) == labels
-    surest = np.argmax(np.where(right, true, -1))
-    return [surest, *(number for number in np.lexsort((true, right)) if number != surest)]
+def evaluation_report(evaluation):
+    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused."""
+    names = [printable(name) for name in evaluation.class_names]
+    width = max(map(len, names))
+    lines = [
+        f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}",
+        f"{'class':{width}}  precision  recall  photos",
+    ]
+    for index, name in enumerate(names):
+        correct = evaluation.confusion[index, index]
+        predicted = evaluation.confusion[:, index].sum()
+        photos = evaluation.confusion[index].sum()
+        precision = f"{correct / predicted:.2f}" if predicted else "—"
+        recall = f"{correct / photos:.2f}" if photos else "—"
+        lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {photos:6}")
+    lines.append(most_confused(evaluation.confusion, names))
+    if evaluation.accuracy <= evaluation.chance:
+        lines.append(
+            "Warning: this accuracy is no better than chance; train longer, on more photos."
+        )
+    return "\n".join(lines)
 
 
-def save_training_curves(path, history, phases):
-    """Draws loss and accuracy after each epoch; dotted: the phases, {name: epochs}; red: the epoch that is kept."""
-    figure, best = Figure(figsize=(11, 4), layout="constrained"), int(np.argmin(history["val_loss"]))
-    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for name, values in (("training", history[metric]), ("validation", history[f"val_{metric}"])):
-            axes.plot(range(1, len(values) + 1), values, "o-", label=name)
-        axes.plot(best + 1, history[f"val_{metric}"][best], "o", color="red", markersize=10, label="kept")
-        for name, start in zip(phases, np.cumsum([0.5, *phases.values()])[:-1], strict=True):
-            axes.axvline(start, linestyle=":")
-            axes.text(start, 1.01, name, transform=axes.get_xaxis_transform())
-        axes.set(xlabel="epoch", ylabel=metric)
-        axes.legend()
-    save_figure(path, figure)
+def most_confused(confusion, names):
+    """A sentence on the two classes most often taken for each other, or on all pairs that tie."""
+    mutual = np.triu(confusion + confusion.T, 1)
+    if not mutual.any():
+        return "No class is taken for another."
+    pairs = np.argwhere(mutual == mutual.max())
+    named = ", ".join(f"{names[one]} and {names[other]}" for one, other in pairs[:3])
+    if len(pairs) > 3:
+        named += f" and {len(pairs) - 3} more pairs"
+    each = " each" if len(pairs) > 1 else f" of {confusion[pairs[0]].sum()}"
+    return f"Most confused: {named}, {mutual.max()}{each} photos."
 
 
-def save_confusion_matrix(path, confusions, class_names):
-    """Draws how often each true class (row) is taken for each class (column)."""
-    axes = axes_of_numbers(confusions, confusions / np.maximum(1, confusions.sum(1, keepdims=True)), "Blues_r")
-    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(class_names)), class_names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusions)} of {confusions.sum()} test photos right")
-    save_figure(path, axes.figure)
+def choose_examples(evaluation):
+    """Photo indices: the most confident correct one, then worst mistakes, then least confident."""
+    count = len(evaluation.labels)
+    true_probability = evaluation.probabilities[np.arange(count), evaluation.labels]
+    correct = evaluation.predicted == evaluation.labels
+    by_mistake = np.lexsort((true_probability, correct)).tolist()
+    if not correct.any():
+        return by_mistake
+    most_confident = int(np.argmax(np.where(correct, true_probability, -1)))
+    return [most_confident, *(index for index in by_mistake if index != most_confident)]
 
 
-def axes_of_numbers(numbers, shares, colours):
-    """Axes with a cell for each of the (h, w) numbers, coloured by its share, 0–1."""
-    axes = Figure(figsize=(1.6 + 0.9 * numbers.shape[1], 1.2 + 0.8 * len(numbers))).subplots()
-    axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
-    axes.set(xticks=range(numbers.shape[1]), yticks=range(len(numbers)))
-    for (row, column), value in np.ndenumerate(numbers):
-        box = {"facecolor": "black", "alpha": 0.5, "linewidth": 0, "pad": 2}
-        axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white", bbox=box)
-    return axes
+# ---- 5. The layers of any classifier -------------------------------------------------------------
+# A Keras model is a graph: nodes that call a layer on tensors. Whatever the pictures need to know
+# of a model (which layers there are, in which order, where their positions look) is read off that
+# graph, so that they can be drawn for any convolutional classifier, nested base models included.
 
 
-def save_figure(path, figure, dpi=130):
-    """Writes a figure, without a layout cut to what is drawn on it, in the format that the suffix names."""
-    with replace_when_whole(path) as partial:
-        colours = {"quality": 92, "subsampling": 0}  # as sharp as brightness
-        border = None if figure.get_layout_engine() else "tight"  # which draws all twice
-        figure.savefig(partial, dpi=dpi, bbox_inches=border, pad_inches=0.05, pil_kwargs=colours)
-    print(path, flush=True)
+def nodes(model):
+    """The nodes of a model's graph, each after its inputs, branches in the order of their merge.
+
+    For the models of keras.applications that is the order in which their layers were created;
+    model.layers and model.operations are sorted by depth instead.
+    """
+    return nodes_before(model.outputs)
 
 
-# ---- 5. Activation grids: what each channel of a layer answers -------------------------------------------------------
-# A convolution turns the photo into channels, one for each of its filters: maps of where the filter found its pattern.
-# The first look like edge and colour drawings of the photo; deeper ones are coarser and answer to parts. The ReLU that
-# follows (ReLU.png) keeps what is positive, and that is all that the next layer gets to see.
-
-# Blue for negative answers, black for 0, red to yellow for positive ones.
-ANSWERS = ListedColormap([*matplotlib.colormaps["berlin"].colors[:128], *matplotlib.colormaps["inferno"].colors])
-
-
-def channel_cells(activation):
-    """Pictures (channels, size, size, 3) uint8 of an (h, w, channels) activation, and which channels are dead."""
-    size = int(np.clip(1800 / math.sqrt(activation.shape[2]), 24, 96))
-    strength, dead = np.abs(activation), ~activation.any((0, 1))
-    # Not the highest value has full colour: one hot pixel would turn all others black.
-    full = np.percentile(strength, 99.5, axis=(0, 1))
-    full = np.where(full > 0, full, strength.max((0, 1))) + dead
-    places = np.clip(activation / full, -1, 1) * np.where(activation < 0, 127, 255) + 128
-    colours = ANSWERS(places.astype(int), bytes=True)[..., :3]
-    smooth = cv2.INTER_AREA if activation.shape[0] > size else cv2.INTER_NEAREST
-    cells = np.stack([cv2.resize(colours[:, :, k], (size, size), interpolation=smooth) for k in range(len(dead))])
-    diagonals = np.eye(size, dtype=bool) | np.eye(size, dtype=bool)[::-1]
-    cells[dead] = np.where(diagonals[..., None], 150, 70)  # a grey cross
-    return cells, dead
+def nodes_before(outputs):
+    """The nodes that these tensors come from, each after its inputs."""
+    ordered, done = [], set()
+    waiting = [node_of(output) for output in reversed(outputs)]
+    while waiting:  # no recursion: deep models exceed the depth that Python allows
+        node = waiting[-1]
+        missing = next((it for it in map(node_of, node.input_tensors) if it not in done), None)
+        if missing:
+            waiting.append(missing)
+            continue
+        waiting.pop()
+        if node not in done:
+            ordered.append(node)
+            done.add(node)
+    return ordered
 
 
-def tile(cells, columns, frames=BACKGROUND, gap=2):
-    """One sheet of the (n, h, w, 3) cells in reading order, in frames of these colours; the last row is filled up."""
-    count, height, width, _ = cells.shape
-    rows = -(-count // columns)
+def node_of(tensor):
+    """The node that a tensor is an output of."""
+    layer, node_index, _ = tensor._keras_history
+    return layer._inbound_nodes[node_index]
+
+
+def rebuild(model, photo):
+    """Call the model's layers anew on another input tensor: the list of its outputs.
+
+    Nested models are unfolded. The layers are the same ones and keep their weights.
+    """
+    tensors = {id(model.inputs[0]): photo}
+    for node in nodes(model):
+        if node.is_input:
+            continue
+        arguments, options = node.arguments.fill_in(tensors)
+        if isinstance(node.operation, keras.Model):
+            outputs = rebuild(node.operation, arguments[0])
+        else:
+            outputs = tf.nest.flatten(node.operation(*arguments, **options))
+        tensors.update(zip(map(id, node.outputs), outputs, strict=True))
+    return [tensors[id(output)] for output in model.outputs]
+
+
+def flatten(model, photo):
+    """The model as one flat graph from another input tensor, its nested models unfolded.
+
+    Where two layers then have the same name, which Keras allows in none, the second is renamed.
+    """
+    outputs = rebuild(model, photo)
+    name_apart(outputs)
+    return keras.Model(photo, outputs)
+
+
+def name_apart(outputs):
+    """Rename layers before these tensors whose name an earlier one has: "add" becomes "add_b"."""
+    named = {}
+    for node in nodes_before(outputs):
+        layer = node.operation
+        while named.setdefault(layer.name, layer) is not layer:
+            layer.name += "_b"
+
+
+@lru_cache(maxsize=2)
+def classifier(model):
+    """The model as one flat graph from (n, height, width, 3) RGB, 0–255, to class probabilities.
+
+    It shares the model's layers. Its last layer is a softmax on the logits, whatever the model ends
+    in: softmax or a single sigmoid, as activation or as layer, or logits. A single sigmoid p gives
+    two classes, 1 - p and p. An input of open size becomes 299 × 299. Raises Stop, naming what the
+    model lacks.
+    """
+    shape = getattr(model, "input_shape", None)
+    if not getattr(model, "outputs", None) or len(model.outputs) != 1 or isinstance(shape, list):
+        raise Stop(
+            "The pictures need a functional or Sequential model of one input and one output."
+        )
+    if len(shape) != 4 or shape[3] != 3:
+        raise Stop(f"The pictures need a model that takes RGB photos; this one takes {shape[1:]}.")
+    photo = keras.Input([side or 299 for side in shape[1:3]] + [3], name="rgb")
+    probabilities = layers.Softmax(name="class_probabilities")(class_logits(flatten(model, photo)))
+    name_apart([probabilities])
+    return keras.Model(photo, probabilities)
+
+
+def class_logits(flat):
+    """The logits (n, classes) that a flat classifier's probabilities are made of.
+
+    Raises Stop where they are not those of a softmax or a single sigmoid.
+    """
+    node = nodes(flat)[-1]
+    head, features = node.operation, node.input_tensors[0]
+    activation = getattr(head, "activation", None)
+    if isinstance(head, layers.Softmax):
+        logits, activation = features, keras.activations.softmax
+    elif isinstance(head, layers.Activation):
+        logits = features
+    elif isinstance(head, layers.Dense):
+        logits = keras.ops.matmul(features, head.kernel)
+        logits = logits + head.bias if head.use_bias else logits
+    else:
+        logits, activation = flat.outputs[0], keras.activations.linear
+    single = logits.shape[-1] == 1
+    fitting = (keras.activations.sigmoid,) if single else (keras.activations.softmax,)
+    if len(logits.shape) != 2 or activation not in (*fitting, keras.activations.linear):
+        raise Stop("The pictures need a model that ends in a softmax or in a single sigmoid.")
+    if single:  # softmax(-z/2, z/2) = (1 - sigmoid(z), sigmoid(z))
+        logits = keras.ops.concatenate([-logits / 2, logits / 2], axis=-1)
+    return logits
+
+
+def layer_outputs(model):
+    """{layer name: its output tensor} of the model as a classifier, in the order of the graph."""
+    graph = nodes(classifier(model))
+    return {node.operation.name: node.outputs[0] for node in graph if not node.is_input}
+
+
+@lru_cache(maxsize=8)  # to build it takes as long as to run it
+def feature_extractor(model, layer_names, any_size=False):
+    """A model from (n, height, width, 3) RGB, 0–255, to the outputs of some layers, as a list.
+
+    layer_names: a tuple. any_size: for images of any size, in place of the model's own. Raises Stop
+    for a layer that the model lacks.
+    """
+    outputs = layer_outputs(model)
+    lacking = [name for name in layer_names if name not in outputs]
+    if lacking:
+        raise Stop(
+            f"The model has no layer {lacking[0]}. It has {', '.join(list(outputs)[-8:])}, …"
+        )
+    extractor = keras.Model(classifier(model).input, [outputs[name] for name in layer_names])
+    if any_size:
+        image = keras.Input((None, None, 3))
+        extractor = keras.Model(image, rebuild(extractor, image))
+    return extractor
+
+
+def input_size(model):
+    """The (height, width) in pixels of the photos that the model takes."""
+    return classifier(model).input_shape[1:3]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a model, by its place among all of them in the order of the graph."""
+
+    number: int  # counted from 1
+    count: int
+    layer: str
+    activation: str  # the layer whose output tells whether a filter fires
+    channels: int
+
+    def __str__(self):
+        return f"convolution {self.number} of {self.count} (layer {self.layer})"
+
+
+CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
+ACTIVATIONS = (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.PReLU, layers.ELU)
+
+
+def convolutions(model):
+    """All convolutions of the model that see positions of the photo, in the order of the graph."""
+    fields, graph = receptive_fields(model), nodes(classifier(model))
+    consumers = consumers_of(graph)
+    found = [
+        node
+        for node in graph
+        if isinstance(node.operation, CONVOLUTIONS) and node.operation.name in fields
+    ]
+    return [
+        Convolution(
+            number,
+            len(found),
+            node.operation.name,
+            activation_of(node, consumers),
+            node.outputs[0].shape[-1],
+        )
+        for number, node in enumerate(found, start=1)
+    ]
+
+
+def consumers_of(graph):
+    """{id of a tensor: the nodes that take it}."""
+    consumers = {}
+    for node in graph:
+        for tensor in node.input_tensors:
+            consumers.setdefault(id(tensor), []).append(node)
+    return consumers
+
+
+def activation_of(node, consumers):
+    """The layer that activates a convolution's output, through its BatchNormalization.
+
+    Where none does (the convolution has its own, or a merge comes first) the last of these layers.
+    """
+    while True:
+        following = consumers.get(id(node.outputs[0]), [])
+        if len(following) != 1:
+            return node.operation.name
+        (after,) = following
+        if isinstance(after.operation, ACTIVATIONS):
+            return after.operation.name
+        if not isinstance(after.operation, layers.BatchNormalization):
+            return node.operation.name
+        node = after
+
+
+def choose_convolutions(model, numbers):
+    """The convolutions of these numbers, or the nearest that a smaller model has."""
+    available = convolutions(model)
+    if not available:
+        raise Stop("The pictures need a model with convolutions; this one has none.")
+    chosen = sorted({min(number, len(available)) for number in numbers})
+    return [available[number - 1] for number in chosen]
+
+
+def heatmap_layer(model):
+    """The name of the last layer with positions that the logits depend on through it alone.
+
+    Grad-CAM's usual one. A layer of a single position, which tells no place, only if all are so.
+    """
+    fields, outputs = receptive_fields(model), layer_outputs(model)
+    names = [name for name in bottlenecks(model) if name in fields]
+    several = [name for name in names if math.prod(outputs[name].shape[1:3]) > 1]
+    return (several or names)[-1]
+
+
+def bottlenecks(model):
+    """Names of the layers that everything after them depends on through them alone."""
+    graph = nodes(classifier(model))
+    last_use = {}
+    for place, node in enumerate(graph):
+        last_use |= {id(tensor): place for tensor in node.input_tensors}
+    names, needed_until = [], 0  # how far down the graph the outputs of earlier layers are taken
+    for place, node in enumerate(graph):
+        if needed_until <= place and not node.is_input:
+            names.append(node.operation.name)
+        needed_until = max(needed_until, *(last_use.get(id(it), 0) for it in node.outputs))
+    return names
+
+
+def block_layers(model, most=11):
+    """Names of the layers that end the model's blocks, evenly chosen if there are more than `most`.
+
+    They are merges (add or concatenate) that do not just feed another merge; in a model without
+    merges the last layer of each resolution.
+    """
+    fields, graph = receptive_fields(model), nodes(classifier(model))
+    consumers = consumers_of(graph)
+
+    def merges(node):
+        merge = type(node.operation).__name__ in ("Add", "Concatenate")
+        return merge and len(node.input_tensors) > 1  # not just with a constant
+
+    names = [
+        node.operation.name
+        for node in graph
+        if merges(node)
+        and node.operation.name in fields
+        and not all(map(merges, consumers[id(node.outputs[0])]))
+    ]
+    if not names:
+        start = list(fields).index(convolutions(model)[0].layer)
+        outputs = layer_outputs(model)
+        names = list({outputs[name].shape[1:3]: name for name in list(fields)[start:]}.values())
+    chosen = np.linspace(0, len(names) - 1, min(most, len(names))).round().astype(int)
+    return [names[index] for index in chosen]
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """Where a layer's positions look, in pixels of the model's input: (rows, columns) each."""
+
+    centre: tuple  # of the first position; the centre of pixel k is k
+    stride: tuple  # from one position to the next
+    size: tuple  # what a position can see
+
+    def after_window(self, kernel, strides, padding):
+        """The field after a window of this kernel size, with so many pixels padded before."""
+        centre, stride, size = map(np.array, (self.centre, self.stride, self.size))
+        kernel, strides, padding = map(np.array, (kernel, strides, padding))
+        centre = centre + ((kernel - 1) / 2 - padding) * stride
+        size = size + (kernel - 1) * stride
+        stride = stride * strides
+        return ReceptiveField(*(tuple(it.tolist()) for it in (centre, stride, size)))
+
+
+@lru_cache(maxsize=2)
+def receptive_fields(model):
+    """{layer name: ReceptiveField} of all layers that have positions, in the order of the graph.
+
+    See Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural Networks"
+    (Distill, 2019). InceptionV3 does not pad its strided layers, so that its positions look at the
+    inner part of the photo; models that pad look elsewhere again.
+    """
+    flat = classifier(model)
+    by_tensor = {id(flat.input): ReceptiveField((0, 0), (1, 1), (1, 1))}
+    by_layer = {}
+    for node in nodes(flat):
+        sources = [tensor for tensor in node.input_tensors if id(tensor) in by_tensor]
+        output = node.outputs[0]
+        if sources and len(output.shape) == 4 and not is_global(node.operation, sources, output):
+            field = field_after(node.operation, sources, output, by_tensor)
+            by_tensor[id(output)] = by_layer[node.operation.name] = field
+    return by_layer
+
+
+def is_global(layer, sources, output):
+    """Whether a layer gathers all positions into one, which then looks at no place."""
+    if isinstance(layer, layers.GlobalAveragePooling2D | layers.GlobalMaxPooling2D):
+        return True
+    windows = hasattr(layer, "kernel_size") or hasattr(layer, "pool_size")
+    return not windows and output.shape[1:3] == (1, 1) != sources[0].shape[1:3]
+
+
+def field_after(layer, sources, output, by_tensor):
+    """The receptive field of a layer's output, from those of its inputs."""
+    before, after = sources[0].shape[1:3], output.shape[1:3]
+    field = by_tensor[id(sources[0])]
+    if isinstance(layer, layers.ZeroPadding2D):
+        return field.after_window((1, 1), (1, 1), [pair[0] for pair in layer.padding])
+    if isinstance(layer, layers.Cropping2D):
+        return field.after_window((1, 1), (1, 1), [-pair[0] for pair in layer.cropping])
+    if isinstance(layer, layers.CenterCrop | layers.RandomCrop):
+        return field.after_window((1, 1), (1, 1), -((np.array(before) - after) // 2))
+    window = getattr(layer, "kernel_size", None) or getattr(layer, "pool_size", None)
+    if window and not isinstance(layer, layers.Conv2DTranspose):
+        dilation = getattr(layer, "dilation_rate", 1)
+        kernel = (np.array(window) - 1) * dilation + 1
+        padding = np.zeros(2, int)
+        if layer.padding == "same":  # as TensorFlow pads: half of what is missing, rounded down
+            missing = (np.array(after) - 1) * layer.strides + kernel - before
+            padding = np.maximum(missing, 0) // 2
+        return field.after_window(kernel, layer.strides, padding)
+    if before != after:  # resized in a way unknown here: taken as evenly stretched
+        scale = np.array(before) / after
+        return field.after_window((1, 1), scale, (1 - scale) / 2)
+    fields = [by_tensor[id(source)] for source in sources if source.shape[1:3] == after]
+    return union(fields)
+
+
+def union(fields):
+    """The receptive field of positions that see what several see, as after a merge."""
+    centres, sizes = (
+        np.array([getattr(field, name) for field in fields]) for name in ("centre", "size")
+    )
+    start = (centres - (sizes - 1) / 2).min(0)
+    end = (centres + (sizes - 1) / 2).max(0)
+    centre, size = ((start + end) / 2).tolist(), (end - start + 1).tolist()
+    return ReceptiveField(tuple(centre), fields[0].stride, tuple(size))
+
+
+def load_model(path, image_size):
+    """Load a saved classifier to draw pictures from, computing in float32.
+
+    image_size: the side of its input in pixels if the file leaves it open. Raises Stop where the
+    file cannot be loaded, saying why, and naming what the model lacks.
+    """
+    file = printable(path)
+    if not path.is_file():
+        remedy = "Train one first (without --skip-training), or name another."
+        raise Stop(f"--model {file}: no such file. {remedy}")
+    try:
+        # Safe mode, which is Keras's default, runs no code from the file.
+        model = keras.saving.load_model(path, compile=False)
+    except Exception as error:  # a foreign file can fail in as many ways as there are formats
+        reason = printable(" ".join(str(error).split()))[:300]
+        raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
+    try:
+        model = in_float32(model)
+        if None in model.input_shape[1:3]:
+            photo = keras.Input((image_size, image_size, model.input_shape[3]), name="rgb")
+            model = flatten(model, photo)
+        choose_convolutions(model, GRID_CONVOLUTIONS)
+    except (Stop, AttributeError, TypeError, IndexError) as error:
+        reason = str(error) if isinstance(error, Stop) else "its inputs are not photos"
+        raise Stop(f"--model {file}: {reason}\nName another, or train one.") from error
+    warn_if_saturated(model, file)
+    return model
+
+
+def in_float32(model):
+    """The model with all layers in float32, also if it was trained or saved in half precision."""
+    description = model.to_json()
+    full_precision = re.sub(r'"(mixed_)?b?float16"', '"float32"', description)
+    if full_precision == description:
+        return model
+    weights = [np.asarray(weight, "float32") for weight in model.get_weights()]
+    model = keras.models.model_from_json(full_precision)
+    model.set_weights(weights)
+    return model
+
+
+def warn_if_saturated(model, file):
+    """Print a warning where the model's first activations do not tell black from white."""
+    size = (*input_size(model), 3)
+    black_and_white = np.stack([np.zeros(size, "float32"), np.full(size, 255, "float32")])
+    first = convolutions(model)[0].activation
+    black, white = layer_activations(model, black_and_white, (first,))[0]
+    if np.allclose(black, white, rtol=1e-4, atol=1e-6):
+        print(f"Warning: {file}: its first activations are alike for a black and a white photo.")
+        print("It is fed 0–255 RGB; if it needs other numbers, let a Rescaling follow its input.")
+
+
+# ---- 6. Activation grids: what each channel of a layer shows -------------------------------------
+# A convolution turns the photo into channels, one for each of its filters: feature maps of how much
+# each place looks like what the filter looks for. The first ones look like drawings of the photo in
+# edges and colours; deeper ones are coarser and react to parts. The ReLU that follows (ReLU.png)
+# keeps what is positive, and that is all that the next layer gets to see.
+
+# Blue for negative activations, black for 0, red to yellow for positive ones.
+ACTIVATION_COLOURS = LinearSegmentedColormap.from_list(
+    "activation", ["#9be7ff", "#2a6fdb", "black", "#d9431e", "#ffe34d"]
+)
+
+
+def activation_grid(model, photo, layer_name):
+    """All channels of a layer for a photo, 16 a row: a (height, width, 3) uint8 RGB sheet.
+
+    photo: (height, width, 3) RGB, 0–255, of any size. Raises Stop for a layer that the model lacks.
+    """
+    ((activation,),) = layer_activations(model, as_batch(model, photo), (layer_name,))
+    return grid_sheet(activation)
+
+
+def grid_sheet(activation):
+    """A sheet of the channels of an (h, w, channels) activation, 16 a row."""
+    return tile(channel_tiles(activation), columns=min(16, activation.shape[2]))
+
+
+def layer_activations(model, photos, layer_names):
+    """What some layers put out for photos (n, height, width, 3): [(n, h, w, channels) float32]."""
+    outputs = feature_extractor(model, layer_names)(photos, training=False)
+    return [output.numpy() for output in tf.nest.flatten(outputs)]
+
+
+def as_batch(model, photo):
+    """A (height, width, 3) photo as a batch (1, height, width, 3) float32 of the model's size."""
+    photo = tf.convert_to_tensor(photo, tf.float32)[None]
+    return tf.image.resize(photo, input_size(model), antialias=True)
+
+
+def channel_tiles(activation):
+    """Pictures (channels, side, side, 3) uint8 of an (h, w, channels) activation.
+
+    Each channel has a scale of its own. One that is 0 everywhere becomes a grey cross.
+    """
+    channels = activation.shape[2]
+    side = int(np.clip(1800 / math.sqrt(channels), 24, 96))
+    interpolation = cv2.INTER_AREA if activation.shape[0] > side else cv2.INTER_NEAREST
+    tiles = np.empty((channels, side, side, 3), "uint8")
+    for index in range(channels):
+        channel = activation[..., index]
+        if channel.any():
+            strength = np.abs(channel)
+            # Not the highest value has full colour: one hot pixel would turn all others black.
+            full = np.percentile(strength, 99.5) or strength.max()
+            colours = ACTIVATION_COLOURS(CenteredNorm(0, full)(channel), bytes=True)[..., :3]
+            tiles[index] = cv2.resize(colours, (side, side), interpolation=interpolation)
+        else:
+            cross = np.eye(side, dtype=bool) | np.eye(side, dtype=bool)[::-1]
+            tiles[index] = np.where(cross[..., None], 150, 70)
+    return tiles
+
+
+def tile(pictures, columns, frames=BACKGROUND, gap=2):
+    """One sheet of (n, h, w, 3) uint8 pictures in reading order; the last row is filled up.
+
+    frames: the colours of the frames, which broadcast to (n, h, w, 3); gap: their width in pixels.
+    """
+    count, height, width, _ = pictures.shape
+    rows = math.ceil(count / columns)
     sheet = np.full((rows * columns, height + 2 * gap, width + 2 * gap, 3), BACKGROUND, "uint8")
     sheet[:count] = frames
-    sheet[:count, gap:-gap, gap:-gap] = cells
+    sheet[:count, gap:-gap, gap:-gap] = pictures
     sheet = sheet.reshape(rows, columns, *sheet.shape[1:]).swapaxes(1, 2)
     return sheet.reshape(rows * sheet.shape[1], -1, 3)
 
 
-def save_sheet(path, sheet, title):
-    """Writes the (height, width, 3) sheet, pixel for pixel, under its title."""
+def draw_grids(output, model, explanation):
+    """Draw the photo, the ReLU, and all channels of some convolutions and of their activations."""
+    path = output / "OriginalImage.jpeg"
+    photo = Image.fromarray(explanation.photo)
+    photo.thumbnail((2048, 2048))
+    with replace_when_whole(path) as partial_path:
+        photo.save(partial_path, quality=92)
+    yield Picture(path.name, explanation.name)
+    save_relu(output / "ReLU.png")
+    yield Picture("ReLU.png", "ReLU keeps what is positive")
+    chosen = choose_convolutions(model, GRID_CONVOLUTIONS)
+    names = tuple(name for it in chosen for name in (it.layer, it.activation))
+    # One forward pass for all.
+    outputs = iter(layer_activations(model, as_batch(model, explanation.pixels), names))
+    for convolution in chosen:
+        sheets = {f"conv2d_{convolution.number}_grid.jpg": str(convolution)}
+        before, after = next(outputs)[0], next(outputs)[0]
+        if convolution.activation != convolution.layer:
+            title = f"{convolution.activation}, after {convolution}"
+            sheets[f"activation_{convolution.number}_grid.jpg"] = title
+        for (file, title), activation in zip(sheets.items(), (before, after), strict=False):
+            caption = grid_caption(title, activation, explanation.name)
+            save_sheet(output / file, grid_sheet(activation), caption)
+            yield Picture(file, caption)
+
+
+def grid_caption(title, activation, photo_name):
+    """Two lines: what the sheet of an (h, w, channels) activation shows, and its colours."""
+    height, width, channels = activation.shape
+    silent = int((~activation.any((0, 1))).sum())
+    firing = (
+        f"{silent} channels are 0 everywhere (crossed)" if silent else "no channel is 0 everywhere"
+    )
+    negative = "blue negative, " if activation.min() < 0 else ""
+    return (
+        f"{title} for {photo_name}: {channels} channels of {height} × {width} positions\n"
+        f"{negative}black 0, red to yellow positive, each channel on its own scale; {firing}"
+    )
+
+
+@figure_style
+def save_relu(path):
+    """Draw the function that follows a convolution."""
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    x = np.linspace(-5, 5, 201)
+    axes.plot(x, np.maximum(0, x), linewidth=4)
+    axes.set(title="ReLU(x) = max(0, x)", xlabel="x, the convolution's output", ylabel="activation")
+    save_figure(path, axes.figure)
+
+
+# ---- 7. Filter patterns: what each filter looks for ----------------------------------------------
+# Each filter gets an image of its own, faint noise at first, that follows the gradient of the
+# filter's mean activation upwards: it becomes what the filter looks for. As in "Feature
+# Visualization" (Olah et al., 2017) what changes are not pixels but the waves that the image is
+# made of, in colours that are as independent as those of photos. The waves have no edges: beyond
+# the canvas they go on, and all that the filter sees is pattern.
+
+PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
+# How far the image goes on beyond the canvas, in pixels. Where a filter sees the black behind the
+# edge of an image it draws a frame; what lies farther out than this it hardly sees, and every
+# pixel takes time.
+PATTERN_MARGIN = 24
+PATTERN_STEPS = 20
+PATTERN_RATE = 4.0  # grey levels by which a step changes the image (root mean square)
+PATTERN_MOMENTUM = 0.7  # with less, weak filters do not get far in so few steps; more overshoots
+# Grey levels of the noise at the start (root mean square). In faint noise an image finds the
+# strongest pattern, in strong noise only what happens to lie there. But a filter that has stayed
+# silent is started again from stronger noise.
+PATTERN_STARTS = (2, 20, 60)
+PATTERN_CONTRAST = 60  # grey levels of the finished picture (standard deviation before the bounds)
+SHORTEST_WAVELENGTH = 3.5  # pixels: shorter waves raise the activation as noise no eye resolves
+FLAT_COLOUR = 0.6  # strength of the mean colour; at 1 some early filters paint nothing else
+FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
+
+# Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red,
+# green and blue, columns are brightness, blue to yellow and green to magenta. Scaled to the length
+# of the first column, and the last two 3 times as strong as in photos, where patterns look muted.
+COLOUR_CORRELATION_ROOT = np.array(
+    [[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], "float32"
+)
+BRIGHTNESS_LENGTH = np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0])
+COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "float32")
+
+
+def filter_patterns(model, layer_name, filters, seed=0, on_progress=None):
+    """Pictures that fire the filters of a convolution, and whether they do.
+
+    model: takes RGB, 0–255. filters: their numbers. Returns (n, 128, 128, 3) uint8 pictures, which
+    can be repeated without a seam, and (n,) booleans: whether the activation that follows the
+    convolution is above 0 anywhere on the finished picture. on_progress: called with the number of
+    filters done. Raises Stop for a layer that is no convolution of the model.
+    """
+    convolution = find_convolution(model, layer_name)
+    field = receptive_fields(model)[layer_name]
+    extractor = feature_extractor(model, (layer_name, convolution.activation), any_size=True)
+    margin = canvas_margin(field)
+    waves, scale = wave_basis(max(field.size), margin)
+    step = ascent_step(extractor, field, waves, scale, margin)
+    canvas = waves[:, margin : margin + PATTERN_SIZE]
+    filters = np.asarray(filters, "int32")
+    pictures = np.zeros((len(filters), PATTERN_SIZE, PATTERN_SIZE, 3), "uint8")
+    fires = np.zeros(len(filters), bool)
+    for attempt, strength in enumerate(PATTERN_STARTS):
+        silent = np.flatnonzero(~fires)
+        for start in range(0, len(silent), FILTERS_AT_ONCE):
+            piece = silent[start : start + FILTERS_AT_ONCE]
+            noise = start_noise(filters[piece], (seed, attempt), canvas, scale)
+            coefficients = tf.constant(strength * noise)
+            momentum = tf.zeros_like(coefficients)
+            with bfloat16_where_fast():
+                for _ in range(PATTERN_STEPS):
+                    coefficients, momentum = step(coefficients, momentum, filters[piece])
+            image = waves_to_image(coefficients, canvas, scale)
+            pictures[piece] = np.rint(full_contrast(image))
+            activation = extractor(pictures[piece].astype("float32"), training=False)[1]
+            peaks = np.max(activation, axis=(1, 2))  # (n, channels)
+            fires[piece] = peaks[np.arange(len(piece)), filters[piece]] > 0
+            if on_progress:
+                on_progress(int(piece[-1]) + 1)
+    return pictures, fires
+
+
+def find_convolution(model, layer_name):
+    """The Convolution of this name. Raises Stop if the model has none."""
+    for convolution in convolutions(model):
+        if convolution.layer == layer_name:
+            return convolution
+    names = ", ".join(convolution.layer for convolution in convolutions(model)[:8])
+    raise Stop(f"The model has no convolution {layer_name}. Its convolutions are {names}, …")
+
+
+@contextlib.contextmanager
+def bfloat16_where_fast():
+    """Convolve in bfloat16 on CPUs that are made for it: a third faster, and the same patterns."""
+    option = "auto_mixed_precision_onednn_bfloat16"
+    tf.config.optimizer.set_experimental_options({option: computes_in_bfloat16()})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({option: False})
+
+
+def canvas_margin(field):
+    """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
+
+    About half of what a filter sees. Whole strides, so that the finished picture lies in the grid
+    of positions as it did here: a filter may fire at one offset and not some pixels on.
+    """
+    stride = int(max(field.stride))
+    reach = min(PATTERN_MARGIN, int(max(field.size)) // 2 + stride - 1)
+    return max(1, reach // stride) * stride
+
+
+def wave_basis(longest_wavelength, margin=0):
+    """The waves of a canvas, (waves, PATTERN_SIZE + 2 * margin), and their (waves, waves) scale.
+
+    Waves longer than the filter sees are scaled like the longest one that it sees.
+    """
+    # cos + sin of positive and negative frequencies (Hartley, 1942) span what complex waves span,
+    # with real coefficients; two small matrix products then cost less than a fast transform.
+    cycles = np.fft.fftfreq(PATTERN_SIZE, 1 / PATTERN_SIZE)
+    cycles = cycles[np.abs(cycles) <= PATTERN_SIZE / SHORTEST_WAVELENGTH]
+    pixels = np.arange(-margin, PATTERN_SIZE + margin)
+    angle = 2 * np.pi * np.outer(cycles, pixels) / PATTERN_SIZE
+    frequency = np.hypot(cycles[:, None], cycles)
+    wavelength = PATTERN_SIZE / np.maximum(frequency, PATTERN_SIZE / longest_wavelength)
+    # The square root lies between white noise, which is all speckle, and photos (1/f), which are
+    # all blotches.
+    scale = np.sqrt(wavelength / longest_wavelength)
+    scale[frequency > PATTERN_SIZE / SHORTEST_WAVELENGTH] = 0  # alike in all directions
+    scale[frequency == 0] *= FLAT_COLOUR
+    return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
+
+
+def start_noise(filters, seeds, canvas, scale):
+    """Coefficients (n, 3, waves, waves) of noise of one grey level, the same for a filter alone."""
+    shape = (3, *scale.shape)
+    noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
+    noise = np.stack(noise).astype("float32")
+    return noise / root_mean_square(waves_to_image(noise, canvas, scale)).numpy()
+
+
+def waves_to_image(coefficients, waves, scale):
+    """The sum of waves, (n, 3, waves, waves), as RGB about 0: (n, size, size, 3) float32."""
+    planes = tf.matmul(waves, tf.matmul(scale * coefficients, waves), transpose_a=True)
+    return tf.einsum("ncyx,rc->nyxr", planes, COLOURS)
+
+
+def bounded(image):
+    """The image about 0 as RGB from 8 to 247: bent towards the bounds, as cutting it off burns."""
+    return 127.5 + 119.5 * tf.tanh(image / 119.5)
+
+
+def root_mean_square(images):
+    return tf.sqrt(tf.reduce_mean(images**2, (1, 2, 3), keepdims=True)) + 1e-12
+
+
+def full_contrast(image):
+    """The image (n, size, size, 3) stretched about its mean colour, as RGB from 8 to 247."""
+    mean = tf.reduce_mean(image, (1, 2), keepdims=True)
+    return bounded(mean + PATTERN_CONTRAST * (image - mean) / root_mean_square(image - mean))
+
+
+def ascent_step(extractor, field, waves, scale, margin):
+    """A function of coefficients (n, 3, waves, waves), momentum and filters (n,): one step further.
+
+    It returns the coefficients and the momentum after a step up the gradient of each filter's mean
+    activation on its own image.
+    """
+    # The positions that look at the canvas, so that each of its places counts once.
+    start = np.ceil((margin - np.array(field.centre)) / field.stride).clip(0).astype(int)
+    end = start + np.maximum(1, PATTERN_SIZE // np.array(field.stride).astype(int))
+    coefficients = tf.TensorSpec((None, 3, *scale.shape))
+
+    # All that varies is a tensor of a declared shape, so that it is traced once.
+    @tf.function(
+        input_signature=[coefficients, coefficients, tf.TensorSpec((None,), tf.int32)],
+        autograph=False,
+    )
+    def step(coefficients, momentum, filters):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(coefficients)
+            images = bounded(waves_to_image(coefficients, waves, scale))
+            maps = extractor(images, training=False)[0]
+            means = tf.reduce_mean(maps[:, start[0] : end[0], start[1] : end[1]], (1, 2))
+            # The sum leaves each image its own gradient: none has a part in another's mean.
+            activation = tf.reduce_sum(tf.gather(means, filters, axis=1, batch_dims=1))
+        momentum = PATTERN_MOMENTUM * momentum + tape.gradient(activation, coefficients)
+        change = root_mean_square(waves_to_image(momentum, waves, scale))
+        return coefficients + PATTERN_RATE * momentum / change, momentum
+
+    return step
+
+
+def draw_patterns(output, model, seed, progress):
+    """Draw a sheet of the patterns of the first 64 filters of some convolutions."""
+    chosen = choose_convolutions(model, PATTERN_CONVOLUTIONS)
+    for index, convolution in enumerate(chosen):
+        filters = range(min(64, convolution.channels))
+        tell = partial(tell_filters_done, progress, convolution, len(filters), index, len(chosen))
+        pictures, fires = filter_patterns(model, convolution.layer, filters, seed, tell)
+        file = f"conv2d_{convolution.number}_filters.jpg"
+        caption = patterns_caption(convolution, fires)
+        frames = np.where(fires[:, None, None, None], 120, np.array([200, 50, 50]))
+        save_sheet(output / file, tile(pictures, columns=8, frames=frames), caption)
+        yield Picture(file, caption)
+
+
+def tell_filters_done(progress, convolution, count, sheets_done, sheets, filters_done):
+    """Tell how many of the filters of a sheet are drawn, and so how much of all sheets."""
+    what = f"patterns of convolution {convolution.number}, {filters_done}/{count}"
+    progress.part(what, (sheets_done + filters_done / count) / sheets)
+
+
+def patterns_caption(convolution, fires):
+    """Two lines: what a sheet of patterns shows, and how many of its filters do not fire."""
+    count, silent = len(fires), int((~fires).sum())
+    firing = f"{silent} never fired (red frame)" if silent else "all of them fire"
+    return (
+        f"What filters 0 to {count - 1} of {convolution} look for\n"
+        f"{count} of its {convolution.channels} filters, row by row; {firing}"
+    )
+
+
+# ---- 8. What fires a filter: its pattern beside photos -------------------------------------------
+# A pattern shows what a filter could look for, photos what it does find: for some filters the
+# patches of test photos on which they fire most, cut out at what that position sees (Zeiler and
+# Fergus, 2013). Where pattern and patches disagree, the filter has more than one meaning, or the
+# photos do not hold what it looks for.
+
+EXAMPLE_CONVOLUTIONS = (8, 40)
+EXAMPLE_FILTERS = 16  # the most selective of those whose patterns are drawn
+EXAMPLE_PATCHES = 5
+EXAMPLE_PHOTOS = 300  # of the test photos at most; more would hardly change the patches
+PATCH_SIDE = 160  # pixels, also of the pattern beside it
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Where in each of n photos the filters of a layer fire most."""
+
+    values: np.ndarray  # (n, filters), the highest activation
+    positions: np.ndarray  # (n, filters, 2), its row and column in the feature map
+
+
+def filter_peaks(model, paths, layer_names, filters=64, batch_size=32):
+    """{layer: Peaks} of its first filters, from one pass over the photos."""
+    height, width = input_size(model)
+    found = {name: [] for name in layer_names}
+    for start in range(0, len(paths), batch_size):
+        photos = np.stack(
+            [model_input(it, height, width) for it in paths[start : start + batch_size]]
+        )
+        outputs = layer_activations(model, photos.astype("float32"), tuple(layer_names))
+        for name, activation in zip(layer_names, outputs, strict=True):
+            found[name].append(peaks_of(activation[..., :filters]))
+    return {
+        name: Peaks(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
+        for name, batches in found.items()
+    }
+
+
+def peaks_of(activation):
+    """Highest values (n, channels) and their rows and columns (n, channels, 2) of feature maps."""
+    count, height, width, channels = activation.shape
+    flat = activation.reshape(count, height * width, channels)
+    places = np.stack(np.unravel_index(flat.argmax(1), (height, width)), axis=-1)
+    return flat.max(1), places
+
+
+def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
+    """Indices of the photos on which a filter fires most, strongest first; each photo once."""
+    strongest = np.argsort(-peaks.values[:, filter_index], kind="stable")[:count]
+    return [int(index) for index in strongest if peaks.values[index, filter_index] > 0]
+
+
+def most_selective(peaks, count=EXAMPLE_FILTERS):
+    """Numbers of the filters whose best photos stand out most, the most selective first.
+
+    Measured by how far the mean peak of its five best photos lies above that of all photos, in
+    standard deviations of the peaks. A filter that fires on no photo is left out.
+    """
+    best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
+    spread = peaks.values.std(0)
+    selectivity = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
+    selectivity[(best <= 0) | (spread < 1e-12)] = -1
+    ranking = np.argsort(-selectivity, kind="stable")[:count]
+    return [int(index) for index in ranking if selectivity[index] >= 0]
+
+
+def cut_patch(photo, size, field, position, side=PATCH_SIDE):
+    """What one position of a layer sees of a photo: (side, side, 3) uint8 RGB.
+
+    photo: (height, width, 3) uint8. size: the model's input, to which the photo is squeezed. field:
+    the layer's receptive field, which is clipped to the photo. The patch keeps the photo's shape.
+    """
+    centre = np.array(field.centre) + np.array(position) * field.stride + 0.5
+    reach = np.array(field.size) / 2
+    to_photo = np.array(photo.shape[:2]) / size
+    start = np.floor((centre - reach) * to_photo + 1e-6).astype(int).clip(0)
+    end = np.ceil((centre + reach) * to_photo - 1e-6).astype(int).clip(start + 1)
+    seen = photo[start[0] : end[0], start[1] : end[1]]
+    height, width = np.maximum(1, np.round(side / max(seen.shape) * np.array(seen.shape[:2])))
+    seen = cv2.resize(seen, (int(width), int(height)), interpolation=cv2.INTER_AREA)
+    patch = np.full((side, side, 3), BACKGROUND, "uint8")
+    top, left = (side - seen.shape[0]) // 2, (side - seen.shape[1]) // 2
+    patch[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
+    return patch
+
+
+def draw_examples(output, model, paths, seed):
+    """Draw for the most selective filters the pattern, and the patches that fire them most."""
+    rng = np.random.default_rng(seed)
+    chosen = sorted(rng.permutation(len(paths))[:EXAMPLE_PHOTOS].tolist())
+    asked = [paths[index] for index in chosen]
+    shown = choose_convolutions(model, EXAMPLE_CONVOLUTIONS)
+    all_peaks = filter_peaks(model, asked, tuple(it.activation for it in shown))
+    for convolution in shown:
+        peaks = all_peaks[convolution.activation]
+        filters = most_selective(peaks)
+        if not filters:
+            continue
+        patterns, _ = filter_patterns(model, convolution.layer, filters, seed)
+        rows = [example_row(model, convolution, peaks, number, asked) for number in filters]
+        file = f"conv2d_{convolution.number}_examples.jpg"
+        caption = (
+            f"What fires {convolution}: {len(filters)} of its {convolution.channels} filters, the "
+            f"most selective first\nnumber, pattern, and the patches of {len(asked)} test photos "
+            "that fire it most, with the activation"
+        )
+        save_examples(output / file, filters, patterns, rows, caption)
+        yield Picture(file, caption)
+
+
+def example_row(model, convolution, peaks, number, paths):
+    """[(patch, activation)] of the photos that fire a filter most, strongest first."""
+    field = receptive_fields(model)[convolution.activation]
+    return [
+        (
+            cut_patch(read_photo(paths[k]), input_size(model), field, peaks.positions[k, number]),
+            float(peaks.values[k, number]),
+        )
+        for k in top_photos(peaks, number)
+    ]
+
+
+@figure_style
+def save_examples(path, filters, patterns, rows, title):
+    """Draw a row for each filter: its number, its pattern, and patches with their activations."""
+    pitch, line, gap = (
+        PATCH_SIDE + 8,
+        28,
+        70,
+    )  # pixels: of a tile, of the text below it, left of all
+    sheet = np.full(
+        (len(filters) * (pitch + line), gap + (1 + EXAMPLE_PATCHES) * pitch, 3), BACKGROUND, "uint8"
+    )
     figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100))
     axes = figure.add_axes((0, 0, 1, 1))
+    for row, (number, pattern, patches) in enumerate(zip(filters, patterns, rows, strict=True)):
+        top = row * (pitch + line)
+        axes.text(gap / 2, top + PATCH_SIDE / 2, number, ha="center", va="center")
+        for column, (picture, value) in enumerate([(pattern, None), *patches]):
+            left = gap + column * pitch
+            picture = cv2.resize(picture, (PATCH_SIDE, PATCH_SIDE), interpolation=cv2.INTER_CUBIC)
+            sheet[top : top + PATCH_SIDE, left : left + PATCH_SIDE] = picture
+            if value is not None:
+                style = {"ha": "center", "va": "top"}
+                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, f"{value:.2f}", **style)
     axes.imshow(sheet)
     axes.set_axis_off()
     axes.set_title(title, loc="left")
     save_figure(path, figure, dpi=100)
 
 
-def draw_grids(output, network, explained):
-    """Draws the photo, and a sheet of all channels of some convolutions and of their ReLUs: {file: caption}."""
-    with replace_when_whole(output / "OriginalImage.jpeg") as partial:
-        Image.fromarray(explained.photo).save(partial, quality=92)
-    axes, x = Figure(figsize=(5, 3.5)).subplots(), np.linspace(-5, 5, 201)
-    axes.plot(x, np.maximum(0, x), linewidth=3)
-    axes.set(title="ReLU(x) = max(0, x)", xlabel="x: answer of a filter", ylabel="what the next layer sees")
-    save_figure(output / "ReLU.png", axes.figure)
-    shown = {"OriginalImage.jpeg": explained.name, "ReLU.png": "ReLU keeps what is positive"}
-    chosen = {}
-    for number in GRID_CONVOLUTIONS:
-        chosen[f"conv2d_{number}_grid.jpg"] = in_creation_order(network, layers.Conv2D)[number - 1]
-        chosen[f"activation_{number}_grid.jpg"] = in_creation_order(network, layers.Activation)[number - 1]
-    probe = keras.Model(network.input, [layer.output for layer in chosen.values()])  # one forward pass for all
-    for (file, layer), answer in zip(chosen.items(), probe(explained.pixels[None].astype("float32")), strict=True):
-        height, width, channels = answer.shape[1:]
-        cells, dead = channel_cells(answer[0].numpy())
-        shown[file] = f"{layer.name}: {height} × {width} cells × {channels} channels, on {explained.name}"
-        fired = f"{dead.sum()} did not fire (crossed)" if dead.any() else "all channels fired"
-        negative = "" if isinstance(layer, layers.Activation) else ", blue negative"
-        scale = f"black 0, red to yellow positive{negative}, each channel on a scale of its own; {fired}"
-        save_sheet(output / file, tile(cells, columns=16), f"{shown[file]}\n{scale}")
-    return shown
+# ---- 9. Grad-CAM heatmaps: where the model found its class ---------------------------------------
+# Grad-CAM asks how much each channel of a layer raises the logit of a class (the mean of its
+# gradient), and adds up the channels' feature maps with these weights: where the sum is positive,
+# something speaks for the class. It takes the logit, as the softmax is flat, and its gradient
+# nothing, where the model is sure.
 
-
-# ---- 6. Filter patterns: what each filter looks for ------------------------------------------------------------------
-# Each filter gets a blank image of its own, which climbs the gradient of the filter's mean answer: it becomes what the
-# filter looks for. As in "Feature Visualization" (Olah et al., 2017) what climbs are not pixels but the waves that the
-# image is made of, long ones faster than short ones, in colours that are as independent as those of photos.
-
-# How the filters of each convolution climb, chosen by looking at the sheets and by the filters' answers:
-# longest_wavelength, pixels: about what a filter sees (the 3rd convolution 11 pixels, the 8th 63, the 40th the whole
-# canvas); longer waves would end in one flat colour. shift, pixels either way: early filters climb alike everywhere and
-# fill the canvas; deep ones, moved less, build whole flowers. damping of waves that hardly matter: without it they
-# drown deep filters in noise; early filters need them.
-PATTERN_CLIMBS = {
-    3: {"longest_wavelength": 16, "shift": 64, "damping": 0.1},
-    8: {"longest_wavelength": 64, "shift": 32, "damping": 1.0},
-    40: {"longest_wavelength": 128, "shift": 32, "damping": 1.0},
-}
-PATTERN_SIZE = 128  # pixels: the canvas is the cell of the sheet
-PATTERN_STEPS = 22  # by then the pictures are strong; more steps only drive colours into black and white
-PATTERN_RATE = 0.22
-PATTERN_WARM_UP = 6  # steps in which the rate rises to it
-PATTERN_STARTS = 3  # a blank image, then noise for the filters that did not fire
-SHORTEST_WAVELENGTH = 4  # pixels: without shorter waves the answer hardly drops, and the speckle is gone
-FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
-
-# Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red, green and blue,
-# columns are brightness, blue to yellow and green to magenta. Scaled to the length of the first column, and the last
-# two 2.5 times as strong as in photos, where patterns come out muted.
-COLOUR_CORRELATION_ROOT = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], "float32")
-COLOURS = COLOUR_CORRELATION_ROOT / np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0]) * np.array([1, 2.5, 2.5], "float32")
-
-
-def fourier_basis(size, longest_wavelength):
-    """The waves of a real Fourier transform, (waves, size), and the 1/f scale of their coefficients, (waves, waves)."""
-    # cos + sin of positive and negative frequencies (Hartley, 1942) span what complex waves span, with real
-    # coefficients; two small matrix products then cost less than a fast transform, which keeps all frequencies.
-    cycles = np.fft.fftfreq(size, 1 / size)
-    cycles = cycles[np.abs(cycles) <= size / SHORTEST_WAVELENGTH]
-    angle = 2 * np.pi * np.outer(cycles, np.arange(size)) / size
-    frequency = np.maximum(np.hypot(cycles[:, None], cycles), size / longest_wavelength)
-    return (np.cos(angle) + np.sin(angle)).astype("float32"), (1 / frequency).astype("float32")
-
-
-def fourier_to_image(coefficients, waves, scale):
-    """Coefficients (n, 3, waves, waves) of independent colours as RGB images (n, size, size, 3), 0–255."""
-    planes = tf.matmul(waves, tf.matmul(scale * coefficients, waves), transpose_a=True)  # (n, 3, size, size)
-    # In range without being cut off: the picture shown is exactly the one that the network was given.
-    return 255 * tf.sigmoid(tf.einsum("ncyx,rc->nyxr", planes, COLOURS))
-
-
-def cut_network(network, layer_names):
-    """The flat network cut after the named layers, for images of any size; it shares the network's weights."""
-    cut = keras.Model(network.inputs, [network.get_layer(name).output for name in layer_names])
-    any_size = keras.Input((None, None, 3))
-    return keras.models.clone_model(cut, input_tensors=[any_size], clone_function=lambda layer: layer)
-
-
-def ascent_function(cut, waves, scale, damping):
-    """A function that climbs from coefficients (n, 3, waves, waves) to those whose images fire their filters (n,)."""
-    # All that varies is a tensor of a declared shape, so that it is traced once, whatever the filters.
-    coefficients, filters = tf.TensorSpec((None, 3, *scale.shape)), tf.TensorSpec((None,), tf.int32)
-
-    @tf.function(input_signature=[coefficients, filters, tf.TensorSpec((None, 2), tf.int32)])
-    def climb(coefficients, filters, shifts):
-        mean, variance, step = tf.zeros_like(coefficients), tf.zeros_like(coefficients), 0.0
-        for shift in shifts:
-            with tf.GradientTape() as tape:
-                tape.watch(coefficients)
-                # Waves close up at the edges, so that an image may be rolled: no pixel stays at the edge, and only
-                # what fires at any place survives (without the shifts the climb ends in coloured noise).
-                images = tf.roll(fourier_to_image(coefficients, waves, scale), shift, axis=(1, 2))
-                answers = cut([images], training=False)[0]
-                # The sum over the images leaves each its own gradient: none has a part in another's answer.
-                own = tf.reduce_sum(tf.gather(tf.reduce_mean(answers, (1, 2)), filters, axis=1, batch_dims=1))
-            gradient = tape.gradient(own, coefficients)
-            # Adam (Kingma and Ba, 2015) with two changes. The rate rises from 0: on a blank image only the edges have
-            # a gradient, and at full rate the first steps would print them into the pattern. And damping adds the
-            # image's mean variance to each wave's own: Adam moves waves that hardly matter as fast as all others.
-            step += 1.0
-            mean = 0.9 * mean + 0.1 * gradient
-            variance = 0.999 * variance + 0.001 * gradient**2
-            damped = variance + damping * tf.reduce_mean(variance, (1, 2, 3), keepdims=True)
-            rate = PATTERN_RATE * tf.minimum(1.0, step / PATTERN_WARM_UP)
-            coefficients += rate * mean / (1 - 0.9**step) / (tf.sqrt(damped / (1 - 0.999**step)) + 1e-12)
-        return coefficients
-
-    return climb
-
-
-def filter_patterns(network, convolution, relu, filters, longest_wavelength, shift, damping, seed=0):
-    """Pictures that fire the filters of a convolution, and whether they do: (n, size, size, 3) uint8, (n,) booleans.
-
-    They climb on the convolution's own answer, as a dead ReLU passes no gradient. A filter fires if the ReLU is above 0
-    anywhere on its finished 8-bit picture; one that does not is started again from noise.
-    """
-    filters, rng = np.asarray(filters, "int32"), np.random.default_rng(seed)
-    cut = cut_network(network, [convolution, relu])
-    waves, scale = fourier_basis(PATTERN_SIZE, longest_wavelength)
-    climb = ascent_function(cut, waves, scale, damping)
-    pictures, fires = np.zeros((len(filters), PATTERN_SIZE, PATTERN_SIZE, 3), "uint8"), np.zeros(len(filters), bool)
-    for start in range(PATTERN_STARTS):
-        silent = np.flatnonzero(~fires)
-        for piece in (silent[first : first + FILTERS_AT_ONCE] for first in range(0, len(silent), FILTERS_AT_ONCE)):
-            noise = rng.normal(scale=0.5 if start else 0.0, size=(len(piece), 3, *scale.shape)).astype("float32")
-            shifts = rng.integers(-shift, shift, (PATTERN_STEPS, 2), dtype="int32", endpoint=True)
-            coefficients = climb(noise, filters[piece], shifts)
-            pictures[piece] = np.rint(fourier_to_image(coefficients, waves, scale))
-            peaks = np.max(cut([pictures[piece].astype("float32")], training=False)[1], axis=(1, 2))  # (n, channels)
-            fires[piece] = peaks[np.arange(len(piece)), filters[piece]] > 0
-    return pictures, fires
-
-
-def draw_patterns(output, network, seed):
-    """Draws a sheet of the patterns of the first 64 filters of some convolutions: {file: caption}."""
-    shown = {}
-    for number, climb in PATTERN_CLIMBS.items():
-        convolution = in_creation_order(network, layers.Conv2D)[number - 1]
-        relu = in_creation_order(network, layers.Activation)[number - 1]
-        filters = range(min(64, convolution.filters))
-        pictures, fires = filter_patterns(network, convolution.name, relu.name, filters, **climb, seed=seed)
-        silent = f"{(~fires).sum()} never fired from any of {PATTERN_STARTS} starts (red frame)"
-        frames = np.where(fires[:, None, None, None], 120, np.array([200, 50, 50]))
-        file, title = f"conv2d_{number}_filters.jpg", f"{convolution.name}: what filters 0 to {filters[-1]} of "
-        shown[file] = f"{title}{convolution.filters} look for, row by row; {'all fire' if fires.all() else silent}"
-        save_sheet(output / file, tile(pictures, columns=8, frames=frames), shown[file])
-    return shown
-
-
-# ---- 7. Heatmaps: where the network found its class ------------------------------------------------------------------
-# Grad-CAM asks how much each channel of a layer raises the logit of a class (the mean of its gradient), and adds up the
-# channels' maps with these weights: where the sum is positive, there is evidence for the class. It takes the logit, as
-# the softmax is flat, and its gradient nothing, where the network is sure.
-
-# Where the cells of each block look: the pixel at the centre of the first one, and the distance to the next.
-# InceptionV3 does not pad its strided layers: a map just stretched over a photo of 299 pixels lies up to 19 beside it.
-CELLS = {name: (13, 8) if k < 3 else (21, 16) if k < 8 else (37, 32) for k, name in enumerate(BLOCKS)}
+HEATMAP_COLOURS = "inferno"  # from black to yellow: also with colour-blind eyes an order
+OVERLAY_OPACITY = 0.6
 
 
 def grad_cam(model, photo, layer_name, class_index):
-    """Grad-CAM (Selvaraju et al., 2017): the ReLU of a layer's channels, weighted by their mean gradient of the logit.
+    """Grad-CAM heatmap of a class at a layer: (h, w) float32 >= 0, one value a position.
 
-    photo: one (height, width, 3) RGB photo, 0–255, squeezed to the model's input where its size differs. Returns the
-    (h, w) float map of the layer, not scaled, not enlarged; 0 everywhere where nothing speaks for the class.
+    photo: (height, width, 3) RGB, 0–255, of any size. The values are in units of the logit, neither
+    scaled nor enlarged; all 0 where nothing speaks for the class. Selvaraju et al., "Grad-CAM"
+    (2017). Raises Stop for a layer that the model lacks.
     """
-    return class_evidence(model, photo, (layer_name,), class_index)[0]
+    return grad_cam_by_layer(model, photo, (layer_name,), class_index)[0]
 
 
-def class_evidence(model, photo, layer_names, class_index):
-    """Grad-CAM maps of several layers, in the order of the graph, from one pass: a list of (h, w) floats >= 0."""
-    below, above = evidence_probes(model, layer_names)
-    first = below(tf.image.resize(photo[None], model.input_shape[1:3], antialias=True))
+def grad_cam_by_layer(model, photo, layer_names, class_index):
+    """Grad-CAM heatmaps of a class at several layers, from one pass: a list of (h, w) float32."""
+    batch = as_batch(model, photo)
     with tf.GradientTape() as tape:
-        tape.watch(first)
-        features, *others = tf.nest.flatten(above(first))
-        head = model.layers[-1]  # the softmax layer, whose bias would not change the gradient
-        logits = features @ head.kernel if isinstance(head, layers.Dense) else features
+        tape.watch(batch)
+        *features, logits = features_and_logits(model, layer_names)(batch, training=False)
         logit = logits[0, class_index]
-    answers, maps = [first, *others], []
-    for answer, gradient in zip(answers, tape.gradient(logit, answers), strict=True):
-        weights = tf.reduce_mean(gradient, (1, 2), keepdims=True)
-        maps.append(np.maximum(0, tf.reduce_sum(answer * weights, -1)[0]))
-    return maps
+    gradients = tape.gradient(logit, features, unconnected_gradients="zero")
+    heatmaps = []
+    for feature_maps, gradient in zip(features, gradients, strict=True):
+        weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (1, 1, 1, channels)
+        heatmap = tf.nn.relu(tf.reduce_sum(weights * feature_maps, axis=-1))
+        heatmaps.append(heatmap[0].numpy())
+    return heatmaps
 
 
-@lru_cache(maxsize=2)  # to build them takes as long as to run them
-def evidence_probes(model, layer_names):
-    """The model up to the first of the layers; and from there to what its last layer weighs and to the other layers."""
-    first, *others = (model.get_layer(name).output for name in layer_names)
-    return keras.Model(model.input, first), keras.Model(first, [model.layers[-1].input, *others])
+@lru_cache(maxsize=4)  # to build it takes as long as to run it
+def features_and_logits(model, layer_names):
+    """A model from RGB photos, 0–255, to the outputs of some layers and then the logits."""
+    flat, outputs = classifier(model), feature_extractor(model, layer_names).outputs
+    logits = nodes(flat)[-1].input_tensors[0]
+    return keras.Model(flat.input, [*outputs, logits])
 
 
-def enlarge(heatmap, size, first, step, cells=False):
-    """Lays an (h, w) heatmap where its cells look, interpolated, or as cells with NaN around them: (size, size)."""
-    to_cells = np.array([[1 / step, 0, -first / step], [0, 1 / step, -first / step]])
-    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_NEAREST if cells else cv2.INTER_LINEAR)
-    border = {"borderMode": cv2.BORDER_CONSTANT if cells else cv2.BORDER_REPLICATE, "borderValue": np.nan}
-    return cv2.warpAffine(heatmap.astype("float32"), to_cells, (size, size), flags=flags, **border)
+def place_heatmap(heatmap, field, size):
+    """Lay an (h, w) heatmap where its positions look: (height, width) of size, float32.
+
+    Between the centres of the receptive fields it is interpolated, beyond them it goes on.
+    """
+    (centre_y, centre_x), (stride_y, stride_x) = field.centre, field.stride
+    to_positions = np.array(
+        [[1 / stride_x, 0, -centre_x / stride_x], [0, 1 / stride_y, -centre_y / stride_y]]
+    )
+    return cv2.warpAffine(
+        heatmap.astype("float32"),
+        to_positions,
+        tuple(size[::-1]),
+        flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
 
 
-def most_marked(heatmap, fraction=DELETED_FRACTION):
+def top_fraction(heatmap, fraction=DELETED_FRACTION):
     """Boolean mask of that fraction of an (h, w) heatmap's pixels which has the highest values."""
     mask = np.zeros(heatmap.size, bool)
-    mask[np.argsort(-heatmap, axis=None, kind="stable")[: round(fraction * heatmap.size)]] = True
+    order = np.argsort(-heatmap, axis=None, kind="stable")
+    mask[order[: round(fraction * heatmap.size)]] = True
     return mask.reshape(heatmap.shape)
 
 
-def deletion(model, photo, masks):
-    """Probabilities (1 + masks, classes) of a (size, size, 3) photo as it is, and with each mask's pixels blurred away.
+def centred_blob(size):
+    """What anyone would guess: (height, width) values that fall with the distance to the middle."""
+    rows, columns = np.indices(size)
+    return -np.hypot(rows - (size[0] - 1) / 2, columns - (size[1] - 1) / 2)
 
-    One step of the deletion game of RISE (Petsiuk et al., 2018): a heatmap is worth something if the probability falls
-    further without the part that it marks than without as large a part that anyone would have guessed.
+
+def deletion_scores(model, photo, masks):
+    """Probabilities (masks, classes) of a (height, width, 3) photo with each mask blurred away.
+
+    One step of the deletion game of RISE (Petsiuk et al., 2018): a heatmap is worth something if
+    the probability falls further without what it marks than without as large a part that anyone
+    would have guessed.
     """
     photo = photo.astype("float32")
-    blurred = cv2.GaussianBlur(photo, (0, 0), len(photo) / 12)
-    photos = np.stack([photo, *(np.where(mask[..., None], blurred, photo) for mask in masks)])
-    return np.asarray(model(photos, training=False))
+    blurred = cv2.GaussianBlur(photo, (0, 0), max(photo.shape) / 12)
+    photos = np.stack([np.where(mask[..., None], blurred, photo) for mask in masks])
+    return classifier(model)(photos, training=False).numpy()
 
 
-def explain_photo(network, path, name, class_names, true=None, probabilities=None):
-    """A photo, what the network makes of it, and the evidence for its true (where not known, its predicted) class."""
-    pixels = network_input(path, network.input_shape[1])
-    probabilities = deletion(network, pixels, [])[0] if probabilities is None else probabilities
-    predicted, second = np.argsort(-probabilities)[:2].tolist()
-    target = predicted if true is None else int(true)
-    rival = second if predicted == target else predicted  # the most probable of the other classes
-    verdict = f"predicted {class_names[predicted]} {probabilities[predicted]:.2f}"
-    if true is not None:
-        verdict += f", true {class_names[target]} {probabilities[target]:.2f}"
-    heatmap = grad_cam(network, pixels, HEATMAP_LAYER, target)  # (h, w)
-    facts = {"name": name, "photo": read_photo(path), "pixels": pixels, "heatmap": heatmap, "verdict": verdict}
-    names = {"target_name": class_names[target], "rival_name": class_names[rival]}
-    return SimpleNamespace(probabilities=probabilities, target=target, rival=rival, **facts, **names)
+@dataclass(frozen=True)
+class Explanation:
+    """A photo, what the model predicts for it, and the Grad-CAM heatmap of one class."""
+
+    name: str
+    photo: np.ndarray  # (height, width, 3) uint8 RGB
+    pixels: np.ndarray  # the same, as the model sees it
+    class_names: list
+    probabilities: np.ndarray  # (classes,)
+    true_index: int | None  # None: not known
+    class_index: int  # the class explained: the true one, or where not known the predicted one
+    heatmap: np.ndarray  # (h, w) of that class at the model's last layer with positions
+
+    @property
+    def predicted_index(self):
+        return int(self.probabilities.argmax())
+
+    @property
+    def contrast_index(self):
+        """The most probable of the other classes."""
+        others = np.where(
+            np.arange(len(self.probabilities)) == self.class_index, -1, self.probabilities
+        )
+        return int(others.argmax())
+
+    @property
+    def class_name(self):
+        return self.class_names[self.class_index]
+
+    @property
+    def contrast_name(self):
+        return self.class_names[self.contrast_index]
+
+    @property
+    def is_mistake(self):
+        return self.true_index is not None and self.predicted_index != self.true_index
+
+    @property
+    def verdict(self):
+        """What the model says of the photo and, where that is known, what is true."""
+        says = (
+            f"It says {self.class_names[self.predicted_index]}, {percent(self.probabilities.max())}"
+        )
+        if self.true_index is None:
+            return (
+                f"{says}; {self.contrast_name}, {percent(self.probabilities[self.contrast_index])}"
+            )
+        if not self.is_mistake:
+            return f"{says}, and is right"
+        true_name = self.class_names[self.true_index]
+        article = "an" if true_name[:1].lower() in "aeiou" else "a"
+        return (
+            f"{says}; it is {article} {true_name}, {percent(self.probabilities[self.true_index])}"
+        )
 
 
-def worth_of(network, explained):
-    """What the heatmap is worth on this photo, in words: how far the probability falls without what it marks."""
-    size, target = len(explained.pixels), explained.target_name
-    if not explained.heatmap.any():
-        return f"no evidence for {target}: the heatmap is empty"
-    from_centre = np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2))
-    rivals = enlarge(explained.heatmap, size, *CELLS[HEATMAP_LAYER]), -from_centre
-    before, unmarked, uncentred = deletion(network, explained.pixels, map(most_marked, rivals))[:, explained.target]
-    return f"most marked fifth blurred: {target} {before:.2f} → {unmarked:.2f}; centred fifth: → {uncentred:.2f}"
+def percent(share):
+    return f"{100 * share:.0f} %"
 
 
-def show(axes, explained, title="", heatmap=None, peak=None, layer=HEATMAP_LAYER, signed=False, cells=False):
-    """Draws the photo and on it a layer's heatmap, from 0 (-peak if signed) to peak, clear where it is 0; or cells."""
-    height, width = explained.photo.shape[:2]
-    axes.imshow(explained.photo.mean(2) if signed else explained.photo, cmap="gray", extent=(0, width, height, 0))
-    axes.set_title(title, loc="left", fontsize=9)
+def explain(model, path, name, class_names, true_index=None, probabilities=None):
+    """The Explanation of a photo for its true class, or where not known for its predicted one."""
+    pixels = model_input(path, *input_size(model))
+    if probabilities is None:
+        probabilities = classifier(model)(pixels[None].astype("float32"), training=False)[0].numpy()
+    class_index = int(probabilities.argmax() if true_index is None else true_index)
+    heatmap = grad_cam(model, pixels, heatmap_layer(model), class_index)
+    return Explanation(
+        name=printable(name),
+        photo=read_photo(path),
+        pixels=pixels,
+        class_names=[printable(class_name) for class_name in class_names],
+        probabilities=probabilities,
+        true_index=None if true_index is None else int(true_index),
+        class_index=class_index,
+        heatmap=heatmap,
+    )
+
+
+def deletion_caption(model, explanation):
+    """What the heatmap is worth on this photo, in words; see deletion_scores."""
+    name, index = explanation.class_name, explanation.class_index
+    if not explanation.heatmap.any():
+        return f"Nothing speaks for {name}: the heatmap is empty."
+    size = explanation.pixels.shape[:2]
+    field = receptive_fields(model)[heatmap_layer(model)]
+    hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
+    central = top_fraction(centred_blob(size))
+    scores = deletion_scores(model, explanation.pixels, [hottest, central])[:, index]
+    before, without_hottest, without_central = (
+        f"{value:.2f}" for value in (explanation.probabilities[index], *scores)
+    )
+    better = float(without_hottest) < float(without_central)
+    judgement = "Better than a guess here." if better else "No better than a guess here."
+    part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
+    return (
+        f"Without the hottest {part}: P({name}) {before} → {without_hottest}; "
+        f"without a central {part}: {without_central}. {judgement}"
+    )
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A photo, or a heatmap on it, in a figure of panels."""
+
+    explanation: Explanation
+    title: str = ""
+    heatmap: np.ndarray | None = None  # (h, w)
+    field: ReceptiveField | None = None  # of the heatmap's positions
+    positions: bool = False  # the heatmap's own positions, without the photo
+
+
+def draw_panel(axes, panel, norm, colours):
+    """Draw a panel on matplotlib axes; return what a colour bar needs, None without a heatmap."""
+    photo = panel.explanation.photo
+    height, width = photo.shape[:2]
+    extent = (0, width, height, 0)
+    # No picture shows more pixels, and a large photo takes seconds to draw.
+    photo = cv2.resize(photo, (min(width, 1200), min(height, 1200)), interpolation=cv2.INTER_AREA)
+    axes.set_title(panel.title, loc="left")
     axes.set_axis_off()
-    if heatmap is not None:
-        peak, evidence = peak or heatmap.max() or 1, enlarge(heatmap, len(explained.pixels), *CELLS[layer], cells)
-        colours = {"cmap": "seismic", "vmin": -peak} if signed else {"cmap": "turbo", "vmin": 0}
-        colours |= {"vmax": peak, "alpha": 1 if cells else 0.7 * np.abs(evidence) / peak}
-        return axes.imshow(evidence, extent=(0, width, height, 0), **colours)
+    drawn = None
+    if panel.heatmap is None:
+        axes.imshow(photo, extent=extent)
+    else:
+        heatmap, below = panel.heatmap, photo.mean(2)
+        if panel.positions:
+            extent, below = positions_extent(panel), np.full((1, 1), 127)
+        else:
+            size = panel.explanation.pixels.shape[:2]
+            heatmap = place_heatmap(heatmap, panel.field, size)
+        # Over grey, and at one opacity everywhere, so that each colour has one meaning.
+        axes.imshow(below, cmap="gray", vmin=0, vmax=255, extent=extent)
+        drawn = axes.imshow(heatmap, colours, norm, alpha=OVERLAY_OPACITY, extent=extent)
+        drawn.set_interpolation("nearest" if panel.positions else "bilinear")
+    axes.set_aspect(shown_aspect(panel.explanation.photo) * width / height)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    return drawn
 
 
-def save_panels(path, rows, title, label, dpi=100):
-    """Draws rows of panels (photo, [arguments of show, …]) under a title, beside the colour scale that they share."""
-    (height, width, _), columns = rows[0][0].photo.shape, len(rows[0][1])
-    figure = Figure(figsize=(13, 0.8 + len(rows) * (0.3 + 12 / columns * height / width)), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for (explained, panels), row in zip(rows, axes, strict=True):
-        colours = [show(place, explained, **panel) for place, panel in zip(row, panels, strict=True)][-1]
-    figure.colorbar(colours, ax=axes, label=label, aspect=40)
-    save_figure(path, figure, dpi)
+def positions_extent(panel):
+    """Where a heatmap's positions lie, a stride each: (left, right, bottom, top) in the photo."""
+    field, counts = panel.field, np.array(panel.heatmap.shape)
+    scale = np.divide(panel.explanation.photo.shape[:2], panel.explanation.pixels.shape[:2])
+    start = np.array(field.centre) + 0.5 - np.array(field.stride) / 2  # pixel k ends at k + 1
+    top, left = start * scale
+    bottom, right = (start + counts * field.stride) * scale
+    return left, right, bottom, top
 
 
-def draw_heatmaps(output, network, photos):
-    """Draws each photo, its heatmap and the overlay, and the heatmap's raw scores: {file: caption}."""
-    shown = {}
-    for number, explained in enumerate(photos, start=1):
-        file, raw, heatmap = f"CAM_{number}.jpeg", f"heatmap_{number}.jpg", explained.heatmap
-        shown[file] = f"{explained.name}: {explained.verdict}\n{worth_of(network, explained)}"
-        panels, label = [{}, {"heatmap": heatmap, "cells": True}, {"heatmap": heatmap}], f"in {HEATMAP_LAYER}; 0: none"
-        resolution = np.clip(explained.photo.shape[1] / 3.7, 100, 500)  # the photo's own
-        label = f"evidence for {explained.target_name} {label}"
-        save_panels(output / file, [(explained, panels)], shown[file], label, resolution)
-        axes = axes_of_numbers(heatmap, heatmap / (heatmap.max() or 1), "turbo")
-        axes.set(title=f"{explained.target_name} in {explained.name}", xlabel="column", ylabel="row")
-        save_figure(output / raw, axes.figure)
-        shown[raw] = f"The raw scores of heatmap {number}"
-    return shown
+def shown_aspect(photo):
+    """The height of a photo's panel in widths: its own, but squeezed to 2.5 to 1 where beyond."""
+    return float(np.clip(photo.shape[0] / photo.shape[1], 0.4, 2.5))
 
 
-def draw_layers(output, network, explained):
-    """Draws one photo through all blocks, the evidence of each as a share of its own peak: {file: caption}."""
-    panels = [{}]
-    heatmaps = class_evidence(network, explained.pixels, tuple(BLOCKS), explained.target)
-    for name, heatmap in zip(BLOCKS, heatmaps, strict=True):
-        strength = f"peak {heatmap.max():.2g}" if heatmap.any() else "no evidence"
-        title = f"{name}, {len(heatmap)} × {len(heatmap)} cells, {strength}"
-        panels.append({"title": title, "heatmap": heatmap / (heatmap.max() or 1), "peak": 1, "layer": name})
-    caption = f"Evidence for {explained.target_name}, block by block, in {explained.name}: {explained.verdict}"
-    rows = [(explained, panels[first : first + 4]) for first in (0, 4, 8)]
-    save_panels(output / "CAM_layers.jpg", rows, caption, "share of the block's peak; 0: no evidence")
-    return {"CAM_layers.jpg": caption}
+@figure_style
+def save_panels(path, rows, title, label, norm, colours=HEATMAP_COLOURS, dpi=100):
+    """Draw rows of panels under a title, beside the colour scale (norm, colours) they share."""
+    # All in inches, from the top left corner, as matplotlib's own layouts take seconds.
+    side = 12 / max(map(len, rows))
+    title, line_height, gap = fit(title, 13), 0.26, 0.1
+    below = 2 * gap + line_height * (1 + title.count("\n"))
+    places = []
+    for row in rows:
+        row = [replace(panel, title=fit(panel.title, side - 2 * gap)) for panel in row]
+        below += gap + line_height * max(1 + panel.title.count("\n") for panel in row)
+        height = side * max(shown_aspect(panel.explanation.photo) for panel in row)
+        for column, panel in enumerate(row):
+            places.append((panel, (gap + column * side, below, side - gap, height - gap)))
+        below += height
+    top = places[0][1][1]
+    bar_height = max(below - top - gap, 2.8)
+    figure_height = top + bar_height + 2 * gap
+    figure = Figure(figsize=(14, figure_height))
+    figure.text(gap / 14, 1 - gap / figure_height, title, va="top", fontsize=14)
+    for panel, place in places:
+        drawn = draw_panel(axes_at(figure, place), panel, norm, colours)
+    bar_axes = axes_at(figure, (12.2, top, 0.25, bar_height))
+    bar = figure.colorbar(drawn, cax=bar_axes, label=fit(label, bar_height))
+    bar.formatter.set_powerlimits((-2, 3))  # short numbers, also for small heatmaps
+    bar.ax.set_facecolor("0.5")  # a photo's mean grey, on which the overlay's colours lie
+    save_figure(path, figure, dpi, cut=False)
 
 
-def compared_evidence(model, photo, layer_name, one_class, other_class):
-    """(3, h, w): the evidence for one class, for the other, and one minus other, positive where one has more."""
-    one, other = (grad_cam(model, photo, layer_name, k) for k in (one_class, other_class))
+def axes_at(figure, place):
+    """Axes at a place (left, top, width, height) in inches from the figure's top left corner."""
+    left, top, width, height = place
+    all_width, all_height = figure.get_size_inches()
+    bottom = all_height - top - height
+    corner = (left / all_width, bottom / all_height)
+    return figure.add_axes((*corner, width / all_width, height / all_height), anchor="NW")
+
+
+def fit(text, inches):
+    """A text in lines no wider than so many inches; words too long for one lose their middle."""
+    lines = []
+    for line in text.replace(" %", "\N{NO-BREAK SPACE}%").split("\n"):
+        line, *words = [shorten(word, inches) for word in line.split(" ")]
+        for word in words:
+            if text_width(f"{line} {word}") > inches:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def shorten(word, inches):
+    """A word no wider than so many inches: its start and its end, where it is too long."""
+    kept = len(word)
+    shortened = word
+    while text_width(shortened) > inches:
+        kept -= 2
+        shortened = f"{word[: kept // 2]}…{word[-(kept // 2) :]}"
+    return shortened
+
+
+@lru_cache(maxsize=1000)
+def text_width(text):
+    """The width in inches of a line in the size of the titles."""
+    return TextPath((0, 0), text, size=14).get_extents().width / 72 if text.strip() else 0.0
+
+
+@figure_style
+def save_values(path, values, title, norm):
+    """Draw the values of an (h, w) heatmap as numbers, where there is room, on their colours."""
+    height, width = values.shape
+    numbers = max(height, width) <= 16
+    side = max(0.75, 5 / width) if numbers else 10 / max(height, width)
+    figure = Figure(figsize=(2 + side * width, 1.6 + side * height), layout="compressed")
+    axes = figure.subplots()
+    drawn = axes.imshow(values, cmap=HEATMAP_COLOURS, norm=norm)
+    axes.set(xlabel="column", ylabel="row")
+    axes.set_title(fit(title, side * width), loc="left")
+    axes.locator_params(integer=True)
+    if numbers:
+        decimals = max(0, 2 - math.floor(math.log10(values.max() or 1)))
+        write_numbers(axes, drawn, values, f".{decimals}f")
+    else:
+        figure.colorbar(drawn, ax=axes)
+    save_figure(path, figure)
+
+
+def write_numbers(axes, drawn, values, number_format):
+    """Write each of the (h, w) values on its square, dark on light and light on dark."""
+    for (row, column), value in np.ndenumerate(values):
+        red, green, blue, _ = drawn.cmap(drawn.norm(drawn.get_array()[row, column]))
+        luminance = 0.3 * red + 0.6 * green + 0.1 * blue
+        style = {"ha": "center", "va": "center", "color": "black" if luminance > 0.5 else "white"}
+        axes.text(column, row, f"{value:{number_format}}", **style)
+
+
+def draw_heatmaps(output, model, explanations):
+    """Draw each photo, its heatmap and the overlay, and the heatmap's values as numbers."""
+    layer = heatmap_layer(model)
+    field = receptive_fields(model)[layer]
+    for number, explanation in enumerate(explanations, start=1):
+        heatmap, name = explanation.heatmap, explanation.class_name
+        caption = (
+            f"{explanation.name}: {explanation.verdict}.\n{deletion_caption(model, explanation)}"
+        )
+        height, width = heatmap.shape
+        panels = [
+            Panel(explanation, "the photo"),
+            Panel(explanation, f"Grad-CAM for {name}, {height} × {width}", heatmap, field, True),
+            Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
+        ]
+        norm = Normalize(0, heatmap.max() or 1)
+        dpi = np.clip(explanation.photo.shape[1] / 3.7, 100, 300)  # the photo's own resolution
+        label = f"at {layer}; 0: nothing for {name}"
+        save_panels(output / f"CAM_{number}.jpeg", [panels], caption, label, norm, dpi=dpi)
+        yield Picture(f"CAM_{number}.jpeg", caption)
+        title = f"Grad-CAM for {name} at {layer}\n{explanation.name}"
+        save_values(output / f"heatmap_{number}.jpg", heatmap, title, norm)
+        yield Picture(f"heatmap_{number}.jpg", f"The values of heatmap {number}, for {name}")
+
+
+def draw_blocks(output, model, explanation):
+    """Draw one photo's heatmaps block by block, each as a share of its own highest value."""
+    names = tuple(block_layers(model))
+    index, fields = explanation.class_index, receptive_fields(model)
+    panels = [Panel(explanation, "the photo")]
+    for name, heatmap in zip(
+        names, grad_cam_by_layer(model, explanation.pixels, names, index), strict=True
+    ):
+        height, width = heatmap.shape
+        peak = f"peak {heatmap.max():.2g}" if heatmap.any() else "empty"
+        title = f"{name}, {height} × {width}\n{peak}"
+        panels.append(Panel(explanation, title, heatmap / (heatmap.max() or 1), fields[name]))
+    rows = [panels[start : start + 4] for start in range(0, len(panels), 4)]
+    name = explanation.class_name
+    caption = f"Grad-CAM for {name}, block by block, in {explanation.name}. {explanation.verdict}."
+    label = f"share of the block's peak; 0: nothing for {name}"
+    save_panels(output / "CAM_layers.jpg", rows, caption, label, Normalize(0, 1))
+    yield Picture("CAM_layers.jpg", caption)
+
+
+def contrast_heatmaps(model, photo, layer_name, class_index, contrast_index):
+    """Grad-CAM of a class, of a contrast class, and the difference: (3, h, w) float32."""
+    one = grad_cam(model, photo, layer_name, class_index)
+    other = grad_cam(model, photo, layer_name, contrast_index)
     return np.stack([one, other, one - other])
 
 
-def draw_mistakes(output, network, mistakes):
-    """Draws the evidence for the rival, for the true class, and their difference, on one scale: {file: caption}."""
-    maps = [compared_evidence(network, it.pixels, HEATMAP_LAYER, it.rival, it.target) for it in mistakes]
-    rows, scale = [], {"peak": np.abs(maps).max(), "signed": True}
-    for it, triple in zip(mistakes, maps, strict=True):
-        titles = f"for {it.rival_name}", f"for {it.target_name}", f"{it.rival_name} minus {it.target_name}"
-        panels = [{"title": it.verdict.replace(", ", "\n")}]
-        for title, heatmap in zip(titles, triple, strict=True):
-            title += "" if heatmap.any() else ": no evidence"
-            panels.append({"title": title, "heatmap": heatmap, **scale})
-        rows.append((it, panels))
-    caption = "What misled the network: evidence for the class that it leans to, for the true class, and the difference"
-    save_panels(output / "CAM_mistakes.jpg", rows, caption, f"evidence in {HEATMAP_LAYER}; 0: none")
-    return {"CAM_mistakes.jpg": caption}
+def draw_mistakes(output, model, explanations):
+    """Draw for up to three mistakes the heatmaps of the predicted and the true class, compared.
+
+    Without a mistake among the explanations their true and their next class are compared.
+    """
+    mistakes = [explanation for explanation in explanations if explanation.is_mistake][:3]
+    shown = mistakes or explanations[-3:]
+    layer = heatmap_layer(model)
+    field = receptive_fields(model)[layer]
+    maps = [
+        contrast_heatmaps(model, it.pixels, layer, it.contrast_index, it.class_index)
+        for it in shown
+    ]
+    rows = []
+    for it, heatmaps in zip(shown, maps, strict=True):
+        class_name, contrast_name = it.class_name, it.contrast_name
+        titles = f"for {contrast_name}", f"for {class_name}", f"{contrast_name} minus\n{class_name}"
+        row = [Panel(it, it.verdict.replace("; ", ";\n"))]
+        for title, heatmap in zip(titles, heatmaps, strict=True):
+            title += "" if heatmap.any() else ": empty"
+            row.append(Panel(it, title, heatmap, field))
+        rows.append(row)
+    caption = mistakes_caption(mistakes)
+    norm = CenteredNorm(0, np.abs(maps).max() or 1)
+    label = f"Grad-CAM at {layer}; 0: nothing"
+    save_panels(output / "CAM_mistakes.jpg", rows, caption, label, norm, ACTIVATION_COLOURS)
+    yield Picture("CAM_mistakes.jpg", caption)
 
 
-# ---- 8. The page: the run as a story ---------------------------------------------------------------------------------
-# The draw_* functions tell which pictures they made and what these show; a page without scripts or links to elsewhere
-# puts them in order.
+def mistakes_caption(mistakes):
+    """The title of the compared heatmaps, true to how many mistakes there are."""
+    if not mistakes:
+        compared = "Grad-CAM for the next class, for the true one, and the difference"
+        return f"What it nearly took for something else (it made no mistake)\n{compared}"
+    compared = "Grad-CAM for the class that it says, for the true one, and the difference"
+    number = {1: " (its only mistake)", 2: " (its only two mistakes)"}.get(len(mistakes), "")
+    return f"What misled the model{number}\n{compared}"
 
 
-def draw_strip(output, explained):
-    """Draws the run at a glance, cut in part from the sheets that stand in the folder: {file: caption}."""
-    sheets = f"activation_{GRID_CONVOLUTIONS[1]}_grid.jpg", f"conv2d_{min(PATTERN_CLIMBS)}_filters.jpg"
-    figure = Figure(figsize=(16, 4))
-    photo, *corners, overlay = figure.subplots(1, 4, gridspec_kw={"wspace": 0.02})
-    for axes, sheet in zip(corners, sheets, strict=True):
-        axes.imshow(np.asarray(Image.open(output / sheet))[-400:, :400])
+# ---- 10. Everything drawn ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was drawn: a file in the output folder, and what it shows."""
+
+    file: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A part of the page: a text, and pictures that are drawn when one asks for them."""
+
+    heading: str
+    text: str
+    pictures: Iterable
+    share: int = 1  # of the drawing time, roughly
+    details: str = ""  # numbers or settings, shown as they are
+
+
+def draw(
+    model,
+    photos,
+    class_names,
+    output,
+    labels=None,
+    *,
+    probabilities=None,
+    own_photos=(),
+    record=None,
+    command="",
+    seed=0,
+):
+    """Draw every picture, and the page that shows them, into the folder `output`.
+
+    model: any convolutional classifier of 0–255 RGB. photos: paths. labels: (n,) the photos' true
+    class indices; without them what needs the truth is left out. probabilities: (n, classes) of the
+    photos, where they are known. own_photos: paths of photos to explain in place of the examples
+    that are chosen from the labelled ones. record: {"history", "settings"} of the training. Raises
+    Stop, naming what the model lacks.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    evaluation = None
+    if labels is not None:
+        if probabilities is None:
+            batches = PhotoBatches(photos, labels, len(class_names), input_size(model), 32)
+            probabilities = predict(model, batches)
+        evaluation = Evaluation(list(class_names), np.asarray(labels), probabilities)
+    examples = explain_examples(model, photos, evaluation) if evaluation else []
+    own = [
+        explain(model, path, Path(path).name, class_names)
+        for path in (own_photos or ([] if evaluation else photos))
+    ]
+    with Progress() as progress:
+        chapters = chapters_of(
+            output, model, photos, own, examples, evaluation, record, seed, progress
+        )
+        drawn = progress.draw(chapters)
+    details = "\n".join(
+        f"{name}: {value}" for name, value in (record or {}).get("settings", {}).items()
+    )
+    run_chapter = ("The run", "Its command and settings.", f"{command}\n\n{details}", [])
+    write_page(output / "index.html", [*drawn, run_chapter])
+
+
+def explain_examples(model, photos, evaluation):
+    """Explanations of the most confident correct photo and of the three hardest ones."""
+    return [
+        explain(
+            model,
+            photos[index],
+            "/".join(Path(photos[index]).parts[-2:]),
+            evaluation.class_names,
+            evaluation.labels[index],
+            evaluation.probabilities[index],
+        )
+        for index in choose_examples(evaluation)[:4]
+    ]
+
+
+def chapters_of(output, model, photos, own, examples, evaluation, record, seed, progress):
+    """The chapters of the page, in the order in which they are drawn."""
+    explained = own or examples[:3]
+    first = explained[0]
+    ranking = np.argsort(-first.probabilities)[:10]
+    scores = "\n".join(f"{first.probabilities[k]:.3f} {first.class_names[k]}" for k in ranking)
+    chapters = [
+        Chapter(
+            "What the layers show",
+            "Each tile is the feature map of one filter on the photo; deeper layers are coarser.",
+            draw_grids(output, model, first),
+            share=2,
+        ),
+        Chapter(
+            "What the filters look for",
+            "Each tile began grey and changed until its filter fired.",
+            itertools.chain(
+                draw_patterns(output, model, seed, progress),
+                draw_examples(output, model, photos, seed) if evaluation else [],
+            ),
+            share=9,
+        ),
+        Chapter(
+            "Where the model looks",
+            "Grad-CAM shows what speaks for a class.",
+            itertools.chain(
+                draw_heatmaps(output, model, explained), draw_blocks(output, model, first)
+            ),
+            share=3,
+        ),
+    ]
+    if evaluation:
+        chapters.append(
+            Chapter(
+                "What misled it",
+                "What speaks for the class that the model says, and for the true one.",
+                draw_mistakes(output, model, examples),
+            )
+        )
+        chapters.append(
+            Chapter(
+                "How well it does",
+                "The test photos took no part in training.",
+                draw_evaluation(output, evaluation, record),
+                details=evaluation_report(evaluation),
+            )
+        )
+    strip = Chapter("At a glance", first.verdict, draw_strip(output, model, first), details=scores)
+    return [*chapters, strip]
+
+
+class Progress:
+    """Tells what is being drawn: one bar on a terminal, a line for each picture elsewhere."""
+
+    def __init__(self):
+        self.on_terminal = sys.stdout.isatty()
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self.bar = rich.progress.Progress(*columns, transient=True, disable=not self.on_terminal)
+        self.task = self.bar.add_task("", total=1)
+        self.share, self.done = 0, 0
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def draw(self, chapters):
+        """Draw the chapters' pictures: [(heading, text, details, pictures)], the last one first."""
+        self.bar.update(self.task, total=sum(chapter.share for chapter in chapters))
+        drawn = []
+        for chapter in chapters:
+            self.share = chapter.share
+            self.bar.update(self.task, description=chapter.heading, completed=self.done)
+            pictures = []
+            for picture in chapter.pictures:
+                pictures.append(picture)
+                if not self.on_terminal:
+                    print(picture.file, flush=True)
+            self.done += chapter.share
+            drawn.append((chapter.heading, chapter.text, chapter.details, pictures))
+        return [drawn[-1], *drawn[:-1]]
+
+    def part(self, what, share):
+        """Say what is being drawn, and which share of its chapter is done."""
+        self.bar.update(self.task, description=what, completed=self.done + share * self.share)
+
+
+@figure_style
+def save_training_curves(path, history, phases):
+    """Draw loss and accuracy after each epoch; dotted: the phases' starts; red: the epoch kept.
+
+    history: {metric: values}; phases: {name: number of epochs}.
+    """
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    best = int(np.argmin(history["val_loss"]))
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for label, values in (
+            ("training", history[metric]),
+            ("validation", history[f"val_{metric}"]),
+        ):
+            axes.plot(range(1, len(values) + 1), values, "o-", label=label)
+        kept = history[f"val_{metric}"][best]
+        axes.plot(best + 1, kept, "o", color="red", markersize=12, label="kept")
+        start = 0.5
+        for name, epochs in phases.items():
+            axes.axvline(start, linestyle=":")
+            axes.text(start, 1.01, name, transform=axes.get_xaxis_transform())
+            start += epochs
+        axes.set(xlabel="epoch", ylabel=metric)
+        axes.legend()
+    save_figure(path, figure)
+
+
+@figure_style
+def save_confusion_matrix(path, evaluation):
+    """Draw how often each true class (row) is taken for each class (column)."""
+    counts = evaluation.confusion
+    classes = len(counts)
+    names = [shorten(printable(name), 3) for name in evaluation.class_names]
+    few = classes <= 25  # so that a number fits into each square
+    side = 0.8 if few else 20 / classes
+    figure = Figure(figsize=(3.5 + side * classes, 2.5 + side * classes), layout="constrained")
+    axes = figure.subplots()
+    photos = np.maximum(1, counts.sum(1, keepdims=True))
+    drawn = axes.imshow(counts / photos, cmap="Blues_r", vmin=0, vmax=1)
+    size = min(13, 55 * side)  # points
+    axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(classes), names, fontsize=size)
+    correct = np.trace(counts)
+    large = max(13, 1.2 * side * classes)  # points: to be read however far one steps back
+    axes.set_xlabel("predicted", fontsize=large)
+    axes.set_ylabel("true", fontsize=large)
+    axes.set_title(f"{correct} of {counts.sum()} test photos right", loc="left", fontsize=large)
+    if few:
+        write_numbers(axes, drawn, counts, "d")
+    save_figure(path, figure)
+
+
+def draw_evaluation(output, evaluation, record):
+    """Draw the confusion matrix and, where the training is known, its curves."""
+    save_confusion_matrix(output / "confusion_matrix.png", evaluation)
+    caption = "How often each true class (row) is taken for each class (column)"
+    yield Picture("confusion_matrix.png", caption)
+    if record:
+        path = output / "training_curves.png"
+        save_training_curves(path, record["history"], record["settings"]["phases"])
+        yield Picture(path.name, "Loss and accuracy after each epoch; the red one was kept")
+
+
+def draw_strip(output, model, explanation):
+    """Draw the run at a glance; its patterns are cut from their sheet in the folder."""
+    grid = choose_convolutions(model, GRID_CONVOLUTIONS)[-2:][0]
+    pattern = choose_convolutions(model, PATTERN_CONVOLUTIONS)[-2:][0]
+    sheet = activation_grid(model, explanation.pixels, grid.layer)
+    activations = corner(sheet, sheet.shape[1] // min(16, grid.channels))
+    rows, side = math.ceil(min(64, pattern.channels) / 8), PATTERN_SIZE + 4
+    sheet = np.asarray(Image.open(output / f"conv2d_{pattern.number}_filters.jpg"))
+    patterns = corner(sheet[-10 - rows * side : -10, 10:], side)  # within a border of 10 pixels
+    middle = {
+        f"activations, convolution {grid.number}": activations,
+        f"what filters look for, convolution {pattern.number}": patterns,
+    }
+    field = receptive_fields(model)[heatmap_layer(model)]
+    title = f"where it looks for {explanation.class_name}"
+    overlay = Panel(explanation, title, explanation.heatmap, field)
+    save_strip(output / "strip.jpg", Panel(explanation, "a photo"), overlay, middle)
+    yield Picture("strip.jpg", ", ".join(["A photo", *middle, title]))
+
+
+def corner(sheet, side):
+    """A square of whole tiles, each so many pixels wide, from the top left corner of a sheet."""
+    tiles = max(1, min(400, *sheet.shape[:2]) // side)
+    return sheet[: tiles * side, : tiles * side]
+
+
+@figure_style
+def save_strip(path, photo, overlay, middle):
+    """Draw the middle square of a photo, square pictures {title: array}, and an overlay."""
+    figure = Figure(figsize=(16, 4.4), layout="compressed")
+    first, *between, last = figure.subplots(1, 2 + len(middle))
+    norm = Normalize(0, overlay.heatmap.max() or 1)
+    height, width = photo.explanation.photo.shape[:2]
+    side = min(height, width)
+    for axes, panel in ((first, photo), (last, overlay)):
+        draw_panel(axes, replace(panel, title=fit(panel.title, 3.6)), norm, HEATMAP_COLOURS)
+        axes.set_xlim((width - side) / 2, (width + side) / 2)
+        axes.set_ylim((height + side) / 2, (height - side) / 2)
+        axes.set_aspect("equal")
+    for axes, (title, picture) in zip(between, middle.items(), strict=True):
+        axes.imshow(picture)
+        axes.set_title(fit(title, 3.6), loc="left")
         axes.set_axis_off()
-    show(photo, explained)
-    show(overlay, explained, heatmap=explained.heatmap)
-    for axes in figure.axes:
-        axes.set_aspect("auto")
-    save_figure(output / "strip.jpg", figure, dpi=100)
-    return {"strip.jpg": "A photo, what a layer answers, what filters look for, where the network looks"}
+    save_figure(path, figure, dpi=100)
 
+
+@figure_style
+def save_sheet(path, sheet, title):
+    """Write a (height, width, 3) uint8 sheet, pixel for pixel, under its title."""
+    figure = Figure(figsize=(sheet.shape[1] / 100, sheet.shape[0] / 100))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(sheet)
+    axes.set_axis_off()
+    axes.set_title(fit(title, max(8, sheet.shape[1] / 100)), loc="left")
+    save_figure(path, figure, dpi=100)
+
+
+def save_figure(path, figure, dpi=100, cut=True):
+    """Write a figure in the format that the suffix names; cut: to what is drawn on it."""
+    with replace_when_whole(path) as partial_path:
+        jpeg = {"quality": 92, "subsampling": 0}  # colours as sharp as brightness
+        border = {"bbox_inches": "tight", "pad_inches": 0.1} if cut else {}
+        figure.savefig(partial_path, dpi=dpi, **border, pil_kwargs=jpeg)
+
+
+# ---- 11. The page: the run as a story ------------------------------------------------------------
 
 PAGE_HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -884,9 +2451,10 @@ PAGE_HEAD = """<!DOCTYPE html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What a convolutional network sees</title>
 <style>
-:root { color-scheme: light dark; } pre { overflow-x: auto; } figcaption { opacity: 0.7; } figure { margin: 1.5rem 0; }
+:root { color-scheme: light dark; } pre { overflow-x: auto; } figcaption { opacity: 0.7; }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; }
 h2 { margin-top: 3rem; border-top: 1px solid #8884; padding-top: 1rem; }
+figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 </style>
 </head>
@@ -896,161 +2464,243 @@ img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
 
 
 def write_page(path, chapters):
-    """Writes a page of chapters (heading, text, preformatted text, {file of a picture: caption})."""
+    """Write a page of chapters (heading, text, details, pictures)."""
     page = PAGE_HEAD
-    for heading, text, numbers, pictures in chapters:
+    for heading, text, details, pictures in chapters:
         page += f"<h2>{heading}</h2>\n<p>{html.escape(text)}</p>\n"
-        page += f"<pre>{html.escape(numbers)}</pre>\n" if numbers else ""
-        for file, caption in pictures.items():
-            caption = html.escape(caption)
-            image = f'<a href="{file}"><img src="{file}" alt="{caption}" loading="lazy"></a>'
-            page += f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
-    with replace_when_whole(path) as partial:
-        partial.write_text(f"{page}</body>\n</html>\n", "utf-8")
+        page += f"<pre>{html.escape(details)}</pre>\n" if details else ""
+        for picture in pictures:
+            caption = html.escape(picture.caption)
+            image = f'<img src="{picture.file}" alt="{caption}" loading="lazy">'
+            link = f'<a href="{picture.file}">{image}</a>'
+            page += f"<figure>{link}<figcaption>{caption}</figcaption></figure>\n"
+    with replace_when_whole(path) as partial_path:
+        partial_path.write_text(f"{page}</body>\n</html>\n", "utf-8")
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
+# ---- 12. The run ---------------------------------------------------------------------------------
 
 
-def parse_options():
-    parser = argparse.ArgumentParser(
-        description="Fine-tune InceptionV3 on split photos, then draw what it sees.",
-        usage="python model_training_and_visualization.py [options], --help for all",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def main():
+    """Train, or load a model; evaluate it; draw what it sees."""
+    options = parse_options()
+    # What a settings file may hold otherwise: a model saved so could never be drawn.
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    require_writable(options.output)
+    require_photos(options.photos)
+    if options.skip_training:
+        model, class_names, test, record = open_saved(options)
+    else:
+        model, class_names, test, record = train_and_save(options)
+    try:
+        evaluate_and_draw(options, model, class_names, test, record)
+    except KeyboardInterrupt:
+        print(f"\nThe model is saved in {printable(options.model)}; --skip-training draws it.")
+        raise
+    page = (options.output / "index.html").resolve().as_uri()
+    print(f"\nAll pictures on one page: {page}")
+
+
+def evaluate_and_draw(options, model, class_names, test, record):
+    """Print what the model makes of the test photos and of own ones, and draw everything.
+
+    test: PhotoBatches, or None where there are only own photos.
+    """
+    known = {"labels": None, "probabilities": None}
+    if test:
+        known = {"labels": test.labels, "probabilities": predict(model, test)}
+        evaluation = Evaluation(class_names, **known)
+        print(f"\n{evaluation_report(evaluation)}\n", flush=True)
+        if not options.skip_training:
+            metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+            write_json(history_file(options.model), record | {"test": metrics})
+    for path in options.photos or []:
+        print(prediction_line(model, path, class_names), flush=True)
+    draw(
+        model,
+        test.paths if test else options.photos,
+        class_names,
+        options.output,
+        own_photos=options.photos or [],
+        record=record,
+        command=pasteable("python", Path(sys.argv[0]).name, *sys.argv[1:]),
+        seed=options.seed,
+        **known,
     )
-    add, folder, blocks = parser.add_argument, {"type": Path, "metavar": "DIR"}, ["none", *BLOCKS]
-    add("--data", **folder, default=".", help="the folder that holds train, validation and test")
-    add("--output", **folder, default="Images", help="where the pictures go")
-    add("--model", type=Path, default="inceptionv3.keras", metavar="FILE", help="the network: saved, or drawn from")
-    add("--skip-training", action="store_true", help="draw from the network in --model")
-    add("--photos", type=Path, nargs="+", metavar="PHOTO", help="own photos to explain; the first feeds the grids")
-    add("--weights", default="imagenet", metavar="START", help="imagenet, none (from scratch), weights or model file")
-    add("--epochs", type=int, default=10, metavar="N", help="epochs of all phases together")
-    add("--batch-size", type=int, default=32, metavar="N", help="photos in a step")
-    add("--image-size", type=int, default=299, metavar="N", help="side of the network's square input")
-    add("--freeze-below", default="mixed7", choices=blocks, metavar="BLOCK", help="fine-tune from it up; none: all")
-    add("--learning-rate", type=float, metavar="RATE", help="peak; else 2e-4, from scratch 5e-4")
-    add("--mixed-precision", action="store_true", help="compute in half precision where the machine can")
-    add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same result")
-    options = parser.parse_args()
-    for name, least in {"epochs": 1, "batch_size": 1, "image_size": 75, "seed": 0, "learning_rate": 1e-9}.items():
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"argument --{name.replace('_', '-')}: must be {least} or more, not {value}")
-    if options.model.suffix != ".keras":
-        parser.error(f"argument --model: the name must end in .keras, not {options.model}")
-    return options
+
+
+def history_file(model_file):
+    return model_file.with_name(f"{model_file.stem}_history.json")
+
+
+def checkpoint_folder(model_file):
+    return model_file.with_name(f"{model_file.stem}_checkpoints")
 
 
 def require_writable(folder):
     """Raises Stop if no file can be written to the folder, or to where it would be made."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    places = (folder, *folder.absolute().parents)
+    existing = next(place for place in places if os.path.lexists(place))
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise Stop(f"{folder}: cannot be written to ({error.strerror}). Choose another place.") from error
+        reason = f"cannot be written to ({error.strerror})"
+        raise Stop(f"{printable(folder)}: {reason}. Choose another place.") from error
 
 
-def train_and_save(options, splits, backup_folder):
-    """Trains, and saves the network of the best epoch: (network, {"history", "classes", "settings"})."""
-    class_count = splits["train"].num_classes
-    phases = training_phases(options.epochs, options.weights, options.freeze_below, options.learning_rate)
-    apart = ("data", "output", "model", "skip_training", "photos", "resume")  # a run may go on with others of these
-    settings = {name: value for name, value in vars(options).items() if name not in apart}
-    settings["photos"] = {name: photos.n for name, photos in splits.items()}
-    settings["phases"] = {phase.name: phase.last - phase.first for phase in phases}
-    backup = EpochBackup(backup_folder, settings)
-    if (state := read_json(backup_folder / "state.json")) and not options.resume:
-        print(f"An interrupted run stands in {backup_folder} after epoch {len(state['history']['loss'])}.")
-        print("Ctrl-C and --resume go on with it; this new run replaces it after its own first epoch.", flush=True)
+def require_photos(paths):
+    """Raises Stop if one of the photos does not decode."""
+    try:
+        for path in paths or []:
+            read_photo(path)
+    except Stop as stop:
+        raise Stop(f"--photos {stop}\nName another photo.") from stop
+
+
+def prediction_line(model, path, class_names):
+    """The most probable classes of a photo in a line: "cat.jpg: rose 69 %, daisy 29 %"."""
+    photo = model_input(path, *input_size(model))[None].astype("float32")
+    probabilities = classifier(model)(photo, training=False)[0].numpy()
+    best = np.argsort(-probabilities)[:3]
+    named = (f"{printable(class_names[k])} {percent(probabilities[k])}" for k in best)
+    return f"{printable(path.name)}: {', '.join(named)}"
+
+
+def predict(model, batches):
+    """The class probabilities (n, classes) of PhotoBatches."""
+    return classifier(model).predict(batches, verbose=0)
+
+
+def open_saved(options):
+    """The saved model, its class names, the test photos or None, and its record or None."""
+    model = load_model(options.model, options.image_size)
+    record = read_record(history_file(options.model))
+    known_names = record["classes"] if record else None
+    count = classifier(model).output_shape[-1]
+    folder = options.data / "test"
+    if options.photos and not folder.is_dir():
+        test, source = None, history_file(options.model)
+        names = known_names or names_without_history(options.data, count)
+    else:
+        test, names = open_split(folder, input_size(model), options.batch_size)
+        source = folder
+    require_same_classes(options.model, count, known_names or names, names, source)
+    return model, names, test, record
+
+
+def require_same_classes(model_file, count, known_names, names, source):
+    """Raises Stop where the class names found in `source` are not those of the model."""
+    file, where = printable(model_file), printable(source)
+    if known_names != names:
+        trained, found = (", ".join(map(printable, it)) for it in (known_names, names))
+        message = f"--model {file}: was trained on the classes {trained}; {where} holds {found}."
+        raise Stop(f"{message}\nName the folders as in training, or name another --data.")
+    if count != len(names):
+        message = f"--model {file}: has {count} classes, {where} {len(names)}."
+        raise Stop(f"{message}\nName another, or train one.")
+
+
+def names_without_history(data, count):
+    """Class names from whichever split folder there is, or else "class 0", "class 1", …"""
+    for split in SPLITS:
+        if (data / split).is_dir() and len(names := class_folders(data / split)) == count:
+            return names
+    return [f"class {index}" for index in range(count)]
+
+
+def train_and_save(options):
+    """Train, and save the model of the best epoch, with all that open_saved returns."""
+    require_writable(options.model.parent)
+    size = (options.image_size, options.image_size)
+    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
+    phases = training_phases(
+        options.epochs, options.weights, options.freeze_below, options.learning_rate
+    )
+    describe(splits, class_names, phases)
+    options.model.parent.mkdir(parents=True, exist_ok=True)
+    lock = options.model.with_name(f".{options.model.name}.lock")
+    busy = (
+        f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
+    )
+    with locked(lock, busy):
+        settings = run_settings(options, splits, phases)
+        same = settings | {"classes": class_names}  # what a resumed run must have in common
+        checkpoints = Checkpoints(checkpoint_folder(options.model), same)
+        model = train_from(options, splits, phases, checkpoints, len(class_names))
+        with replace_when_whole(options.model) as partial_path:
+            model.save(partial_path)
+        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
+        write_json(history_file(options.model), record)
+        shutil.rmtree(checkpoints.folder)
+    return model, class_names, splits["test"], record
+
+
+def describe(splits, class_names, phases):
+    """Print what is about to be trained, and a warning where the photos are too few to judge by."""
+    counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
+    stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
+    names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
+    print(f"Photos: {counts}. Classes: {names}. Epochs: {stretches}.", flush=True)
+    for split in ("validation", "test"):
+        fewest = np.bincount(splits[split].labels).min()
+        if fewest < 10:
+            print(f"Warning: {split} has a class of {fewest} photos; fewer than 10 tell little.")
+
+
+def run_settings(options, splits, phases):
+    """What the training depends on, for its record."""
+    names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
+    settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
+    settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
+    settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
+    return settings
+
+
+def train_from(options, splits, phases, checkpoints, class_count):
+    """Train from the start, or from the newest checkpoint: the model of the best epoch."""
+    newest = next(checkpoints.newest(), None)
+    if newest and not options.resume:
+        epochs = len(newest[2]["loss"])
+        folder = printable(checkpoints.folder)
+        print(f"An interrupted run stands in {folder} after epoch {epochs}.")
+        print("Ctrl-C and --resume go on with it; this run replaces it after its first epoch.")
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
     with training_strategy().scope():
-        network = build_network(class_count, options.image_size, options.weights)
+        model = build_model(class_count, options.image_size, options.weights)
         if options.resume:
-            backup.resume(network)
-        train(network, splits, phases, backup)
+            checkpoints.resume(model)
+        train(model, splits, phases, checkpoints)
     keras.config.set_dtype_policy("float32")
-    keras.utils.clear_session()  # so that the names of the layers count from the start again
-    network = build_network(class_count, options.image_size, "none")
-    network.load_weights(backup.weights_file(backup.best_epoch))
-    options.model.parent.mkdir(parents=True, exist_ok=True)
-    with replace_when_whole(options.model) as partial:
-        network.save(partial)
-    return network, {"history": backup.history, "classes": list(splits["train"].class_indices), "settings": settings}
+    keras.utils.clear_session()  # the names of the layers count from the start again
+    model = build_model(class_count, options.image_size, "none")
+    model.load_weights(checkpoints.file_of(checkpoints.best_epoch))
+    return model
 
 
-def main():
-    options = parse_options()
-    keras.config.disable_interactive_logging()
-    require_writable(options.output)
+def read_record(path):
+    """{"history", "classes", "settings"} of a training; None if there is no such file.
+
+    Raises Stop if the file holds something else.
+    """
+    if not path.is_file():
+        return None
     try:
-        for path in options.photos or []:
-            read_photo(path)
-    except Stop as stop:
-        raise Stop(f"--photos {stop}.\nName another photo.") from stop
-    record_file = options.model.with_name(f"{options.model.stem}_history.json")
-    backup_folder = options.model.with_name(f"{options.model.stem}_backup")
-    if options.skip_training:
-        network, record = load_network(options.model), read_json(record_file)
-        test = open_splits(options.data, ["test"], network.input_shape[1], options.batch_size, options.seed)["test"]
-        if network.output_shape[-1] != test.num_classes:
-            counts = f"{network.output_shape[-1]} classes, {options.data / 'test'} {test.num_classes}"
-            raise Stop(f"--model {options.model}: has {counts}.\nName another, or train one.")
-    else:
-        require_writable(options.model.parent)
-        names = ["train", "validation", "test"]
-        splits = open_splits(options.data, names, options.image_size, options.batch_size, options.seed)
-        network, record = train_and_save(options, splits, backup_folder)
-        test = splits["test"]
-    probabilities, names = network.predict(test, verbose=0), list(test.class_indices)
-    losses, right = keras.losses.sparse_categorical_crossentropy(test.classes, probabilities), probabilities.argmax(1)
-    figures = {"loss": float(np.mean(losses)), "accuracy": float(np.mean(right == test.classes))}
-    confusions = tf.math.confusion_matrix(test.classes, probabilities.argmax(1), len(names)).numpy()
-    report = f"Test: loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.4f}\n{class_report(confusions, names)}"
-    print(f"\n{report}\n")
-    if not options.skip_training:
-        write_json(record_file, record | {"test": figures})
-        shutil.rmtree(backup_folder)
-    draw_all(options, network, test, probabilities, confusions, report, record)
+        record = json.loads(path.read_text("utf-8"))
+        lacking = [name for name in ("history", "classes", "settings") if name not in record]
+    except (ValueError, TypeError) as error:
+        raise Stop(f"{printable(path)}: is no JSON ({error}).\nMend or remove it.") from error
+    if lacking:
+        raise Stop(f"{printable(path)}: lacks {', '.join(lacking)}.\nMend or remove it.")
+    return record
 
 
-def draw_all(options, network, test, probabilities, confusions, report, record):
-    """Draws all pictures, and the page that shows them as a story."""
-    matplotlib.style.use(["dark_background", STYLE])
-    warnings.filterwarnings("ignore", "Glyph")  # a file's name may hold letters that the font lacks
-    output, names = options.output, list(test.class_indices)
-    output.mkdir(parents=True, exist_ok=True)
-    telling = [
-        explain_photo(network, test.filepaths[k], test.filenames[k], names, test.classes[k], probabilities[k])
-        for k in telling_photos(probabilities, test.classes)[:4]
-    ]
-    explained = [explain_photo(network, path, path.name, names) for path in options.photos or []] or telling[:3]
-    first, surest = explained[0], np.argsort(-explained[0].probabilities)
-    grids = draw_grids(output, network, first)
-    patterns = draw_patterns(output, network, options.seed)
-    heatmaps = draw_heatmaps(output, network, explained) | draw_layers(output, network, first)
-    mistakes = draw_mistakes(output, network, telling[1:])
-    figures = {"confusion_matrix.png": "How often each true class (row) is taken for each class (column)"}
-    save_confusion_matrix(output / "confusion_matrix.png", confusions, names)
-    if record:
-        save_training_curves(output / "training_curves.png", record["history"], record["settings"]["phases"])
-        figures["training_curves.png"] = "Loss and accuracy after each epoch; the red one is kept, tested and drawn"
-    settings = "\n".join(f"{name}: {value}" for name, value in record["settings"].items()) if record else ""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    scores = "\n".join(f"{first.probabilities[k]:.3f} {names[k]}" for k in surest)
-    chapters = [
-        ("At a glance", f"{first.name}, and what the network takes it for:", scores, draw_strip(output, first)),
-        ("What the layers answer", "Each cell is the answer of one filter to the photo, ever coarser.", "", grids),
-        ("What the filters look for", "Each cell began blank and changed until its filter fired.", "", patterns),
-        ("Where the network looks", "Grad-CAM marks what speaks for a class.", "", heatmaps),
-        ("What misled it", "Evidence for the class that it leans to, and for the true one.", "", mistakes),
-        ("How well it does", "The test photos took no part in training.", report, figures),
-        ("The run", "Its command and settings.", f"{command}\n\n{settings}", {}),
-    ]
-    write_page(output / "index.html", chapters)
-    print(f"\nAll pictures on one page: {output / 'index.html'}")
+def write_json(path, content):
+    with replace_when_whole(path) as partial_path:
+        # ASCII, as a class name may hold bytes that are no UTF-8.
+        partial_path.write_text(json.dumps(content, indent=2), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Measure this project beside its peers, on this machine: each comparison a ratio of two runs made in turn.
+"""Measure this project beside its peers, on this machine: each comparison takes turns.
 
-    python tests/benchmark.py [--only NAME ...] [--model FILE] [--data DIR] [--rounds 5] [--quick]
+    python tests/benchmark.py [--only NAME ...] [--model FILE] [--weights FILE] [--data DIR]
+                              [--rounds 5] [--quick]
 
-Peers: split-folders, the stock ImageDataGenerator, the tutorial's recipe and pictures and those of the Keras book
-(ported to Keras 3), and tf-keras-vis. One that is not installed is named and left out. All runs of a comparison take
-turns (A B A B …), so that whatever else slows the machine down meets both; "2.0 × (1.9–2.2)" is the median of the
-rounds' own ratios and their range, and more than 1 speaks for us. It ends with a Markdown table.
+Peers: split-folders, the stock ImageDataGenerator, the tutorial's recipe and pictures and those of
+the Keras book (ported to Keras 3), and tf-keras-vis. One that is not installed is named and left
+out. All runs of a comparison take turns (A B A B …), so that whatever else slows the machine down
+meets both; "2.0 × (1.9–2.2)" is the median of the rounds' own ratios and their range, and more than
+1 speaks for us. It ends with a Markdown table.
 """
 
 import argparse
@@ -42,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # How much is measured; --quick only shows that everything runs.
 FULL = {
     "rounds": 5,
-    "size": 299,  # pixels, the side of the network's input
+    "size": 299,  # pixels, the side of the model's input
     "drawn_per_class": 100,
     "split_per_class": 780,
     "hashes": (10_000, 100_000),
@@ -59,13 +61,25 @@ FULL = {
     "masked_per_class": 20,
 }
 QUICK = FULL | {
-    "rounds": 1, "size": 107, "drawn_per_class": 16, "split_per_class": 16, "hashes": (1_000, 10_000), "augmented": 4,
-    "batch_size": 4, "steps": 2, "recipe_epochs": 1, "sheet_filters": 4,
-    "peer_filters": 1, "tutorial_steps": 3, "book_steps": 3, "keras_vis_steps": 3, "masked_per_class": 1,
-}  # fmt: skip
+    "rounds": 1,
+    "size": 107,
+    "drawn_per_class": 16,
+    "split_per_class": 16,
+    "hashes": (1_000, 10_000),
+    "augmented": 4,
+    "batch_size": 4,
+    "steps": 2,
+    "recipe_epochs": 1,
+    "sheet_filters": 4,
+    "peer_filters": 1,
+    "tutorial_steps": 3,
+    "book_steps": 3,
+    "keras_vis_steps": 3,
+    "masked_per_class": 1,
+}
 
 
-# ---- Measuring -------------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
 def seconds(function, *arguments, **named):
@@ -82,7 +96,9 @@ def in_turn(rounds, *runs):
 
 def spread(values, unit=" ×"):
     """Median and range, in three digits."""
-    middle, low, high = (f"{value:#.3g}".rstrip(".") for value in (np.median(values), min(values), max(values)))
+    middle, low, high = (
+        f"{value:#.3g}".rstrip(".") for value in (np.median(values), min(values), max(values))
+    )
     return f"{middle}{unit} ({low}–{high})" if len(values) > 1 else f"{middle}{unit} (once)"
 
 
@@ -90,15 +106,19 @@ def call(*command):
     """Runs a command in silence; what it said is shown only if it fails."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr}")
+        raise SystemExit(
+            f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr}"
+        )
     return done.stdout
 
 
 class Bench:
-    """What is measured (the settings), what it is measured on (data, networks), and the table's rows."""
+    """The settings, what is measured on (data, models), and the rows of the table."""
 
-    def __init__(self, scratch, settings, model, data):
-        self.scratch, self.model_file, self.given_data, self.rows = scratch, model, data, []
+    def __init__(self, scratch, settings, options):
+        self.scratch, self.rows = scratch, []
+        self.model_file, self.weights = options.model, options.weights
+        self.given_data = options.data
         self.__dict__.update(settings)
 
     def row(self, what, ours, peer="", ratio=""):
@@ -107,7 +127,9 @@ class Bench:
 
     def times(self, what, own, peer, peer_name, show):
         """A row of what the rounds took, own and peer in seconds, shown as show(seconds)."""
-        self.row(what, show(np.median(own)), f"{show(np.median(peer))}: {peer_name}", spread(peer / own))
+        self.row(
+            what, show(np.median(own)), f"{show(np.median(peer))}: {peer_name}", spread(peer / own)
+        )
 
     def without_keras_vis(self, what):
         """True, and a row that says so, where tf-keras-vis is not installed."""
@@ -123,7 +145,7 @@ class Bench:
 
     @cached_property
     def drawn_data(self):
-        # Of a seed of their own: a network that was trained on the usual drawn flowers has not seen these.
+        # Of a seed of their own: a model trained on the usual drawn flowers has not seen these.
         options = "--per-class", self.drawn_per_class, "--size", 160, "--seed", 1000
         photos = self.scratch / "flowers"
         call(sys.executable, ROOT / "tests/draw_flowers.py", photos, *options)
@@ -136,26 +158,28 @@ class Bench:
 
     def test_photos(self, count, size):
         """(count, size, size, 3) uint8, spread over the classes."""
-        files = study.open_splits(self.data, ["test"], size, 1, seed=0)["test"].filepaths
+        files = sorted(self.data.glob("test/*/*"))
         chosen = np.linspace(0, len(files) - 1, count).round().astype(int)
-        return np.stack([study.network_input(files[k], size) for k in chosen])
+        return np.stack([study.model_input(files[k], size, size) for k in chosen])
 
-    def network(self, size=None):
-        """The given network at its own size or another (no weight depends on it); without one, untrained."""
+    def model(self, size=None):
+        """The given model at its own size or another (no weight depends on it), else untrained."""
         saved = keras.saving.load_model(self.model_file, compile=False) if self.model_file else None
         keras.utils.set_random_seed(0)
         own_size = saved.input_shape[1] if saved else self.size
-        network = study.build_network(saved.output_shape[-1] if saved else self.class_count, size or own_size, "none")
+        class_count = saved.output_shape[-1] if saved else self.class_count
+        model = study.build_model(class_count, size or own_size, self.weights)
         if saved:
-            network.set_weights(saved.get_weights())
-        return network
+            model.set_weights(saved.get_weights())
+        return model
 
 
-# ---- The split -------------------------------------------------------------------------------------------------------
+# ---- The split -----------------------------------------------------------------------------------
 
 
 def write_tiled_flowers(folder, per_class, size=(320, 240)):
-    """Writes 5 × per_class JPEGs of about 48 kB, nearly all different: crops of tiled drawn flowers, with grain."""
+    """Writes 5 × per_class JPEGs of about 48 kB, nearly all different: crops of tiled drawn
+    flowers, with grain."""
     rng = np.random.default_rng(0)
     for class_name in CLASS_NAMES:
         (folder / class_name).mkdir(parents=True)
@@ -170,10 +194,13 @@ def write_tiled_flowers(folder, per_class, size=(320, 240)):
 
 
 def compare_split(bench):
-    """The whole command, start to end, against split-folders' command and against decoding alone."""
+    """The whole command, start to end, against split-folders' command and against decoding
+    alone."""
     photos, count = bench.scratch / "tiled", 5 * bench.split_per_class
     write_tiled_flowers(photos, bench.split_per_class)
-    fresh = iter(range(10**6))  # new folders each time: a file system is slow where many files were just deleted
+    fresh = iter(
+        range(10**6)
+    )  # new folders each time: a file system is slow where many files were just deleted
     ours = [sys.executable, ROOT / "create_train_val_test.py", photos, "--output"]
     runs = {
         "ours": lambda: seconds(call, *ours, bench.scratch / f"split{next(fresh)}"),
@@ -181,10 +208,14 @@ def compare_split(bench):
             list, decode_photos(photos.glob("*/*.jpg"), lambda path: read_photo(path).shape, "")
         ),
     }
-    command = shutil.which("splitfolders", path=str(Path(sys.executable).parent)) or shutil.which("splitfolders")
+    command = shutil.which("splitfolders", path=str(Path(sys.executable).parent)) or shutil.which(
+        "splitfolders"
+    )
     if command:
         theirs = [command, photos, "--ratio", 0.68, 0.15, 0.17, "--output"]
-        runs["split-folders, which copies only"] = lambda: seconds(call, *theirs, bench.scratch / f"split{next(fresh)}")
+        runs["split-folders, which copies only"] = lambda: seconds(
+            call, *theirs, bench.scratch / f"split{next(fresh)}"
+        )
     else:
         bench.row("split", "not measured", "split-folders is not installed")
     in_turn(1, *runs.values())  # warms the file cache up
@@ -194,7 +225,8 @@ def compare_split(bench):
 
 
 def measure_copies(bench):
-    """The search for near-equal pairs among random hashes of which one in 100 is another with 6 bits flipped."""
+    """The search for near-equal pairs among random hashes of which one in 100 is another with 6
+    bits flipped."""
     rng = np.random.default_rng(0)
 
     def search(count):
@@ -217,117 +249,154 @@ def measure_copies(bench):
     bench.row(what, f"{np.median(many):.2f} s ({np.median(few):.3f} s)", "none", growth)
 
 
-# ---- Training --------------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def compare_augmentation(bench):
-    """One thread: the same photos under the same random parameters, by OpenCV's warp and by SciPy's."""
+    """One thread: the same photos under the same random parameters, by OpenCV's warp and by
+    SciPy's."""
     photos = bench.test_photos(5, bench.size).astype("float32")
     own = study.PhotoGenerator(**study.AUGMENTATION)
     stock = tf.keras.preprocessing.image.ImageDataGenerator(**study.AUGMENTATION)
 
     def augment(generator):
-        return [generator.random_transform(photos[k % len(photos)], seed=k) for k in range(bench.augmented)]
+        return [
+            generator.random_transform(photos[k % len(photos)], seed=k)
+            for k in range(bench.augmented)
+        ]
 
-    difference = np.mean([np.abs(a - b).mean() for a, b in zip(augment(own), augment(stock), strict=True)])
+    difference = np.mean(
+        [np.abs(a - b).mean() for a, b in zip(augment(own), augment(stock), strict=True)]
+    )
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
-    ours, theirs = in_turn(bench.rounds, lambda: seconds(augment, own), lambda: seconds(augment, stock))
+    ours, theirs = in_turn(
+        bench.rounds, lambda: seconds(augment, own), lambda: seconds(augment, stock)
+    )
     cv2.setNumThreads(threads)
     what = f"Augmentation at {bench.size} px; mean difference {difference:.1g} of 255"
-    bench.times(what, ours, theirs, "stock ImageDataGenerator", lambda t: f"{bench.augmented / t:.0f} photos/s a core")
+    bench.times(
+        what,
+        ours,
+        theirs,
+        "stock ImageDataGenerator",
+        lambda t: f"{bench.augmented / t:.0f} photos/s a core",
+    )
 
 
 def training_run(batch, class_count, steps):
-    """A function that trains a new network for some steps on one batch in memory, and that network; already traced."""
+    """A function that trains a new model for some steps on one batch, already traced; the model."""
     photos, labels = batch
-    network = study.build_network(class_count, photos.shape[1], "none")
-    network.compile(keras.optimizers.Adam(), "categorical_crossentropy", metrics=["accuracy"])
+    model = study.build_model(class_count, photos.shape[1], "none")
+    model.compile(keras.optimizers.Adam(), "categorical_crossentropy", metrics=["accuracy"])
     in_memory = tf.data.Dataset.from_tensors((photos, labels)).repeat()
-    run = partial(network.fit, in_memory, steps_per_epoch=steps, shuffle=False, verbose=0)
+    run = partial(model.fit, in_memory, steps_per_epoch=steps, shuffle=False, verbose=0)
     run()
-    return run, network
+    return run, model
 
 
 def compare_pipeline(bench):
-    """Training on the folders, as the script does it, against training on one batch that is never read again."""
-    photos = study.open_splits(bench.data, ["train"], bench.size, bench.batch_size, seed=0)["train"]
-    steps = min(bench.steps, photos.n // photos.batch_size)
-    from_memory, network = training_run(photos[0], photos.num_classes, steps)
-    from_folders = partial(network.fit, photos, steps_per_epoch=steps, shuffle=False, verbose=0)
+    """Training on the folders, as the script does it, against training on one batch that is never
+    read again."""
+    generator = study.PhotoGenerator(**study.AUGMENTATION)
+    size = (bench.size, bench.size)
+    folder = bench.data / "train"
+    photos, _ = study.open_split(folder, size, bench.batch_size, generator=generator)
+    steps = min(bench.steps, len(photos.paths) // photos.batch_size)
+    from_memory, model = training_run(photos[0], photos.class_count, steps)
+    from_folders = partial(model.fit, photos, steps_per_epoch=steps, shuffle=False, verbose=0)
     from_folders()
-    ours, theirs = in_turn(bench.rounds, partial(seconds, from_folders), partial(seconds, from_memory))
+    ours, theirs = in_turn(
+        bench.rounds, partial(seconds, from_folders), partial(seconds, from_memory)
+    )
     what = f"Training on the folders at {bench.size} px, batches of {photos.batch_size}"
     trained = steps * photos.batch_size
     bench.times(what, ours, theirs, "one batch in memory", lambda t: f"{trained / t:.2f} photos/s")
 
 
-def multiply_adds(network):
+def multiply_adds(model):
     """Multiplications of one forward pass for one photo, in convolutions and dense layers."""
     total = 0
-    for layer in network.layers:
+    for layer in model.layers:
         if isinstance(layer, layers.Conv2D | layers.Dense):
             total += np.prod(layer.kernel.shape) * np.prod(layer.output.shape[1:-1])
     return float(total)
 
 
 def compare_precision(bench):
-    """Half against full precision, and what the full one reaches of the machine's rate of matrix products."""
+    """Half against full precision, and what the full one reaches of the machine's rate of matrix
+    products."""
     photos = bench.test_photos(bench.batch_size, bench.size).astype("float32")
-    batch = photos, np.eye(bench.class_count, dtype="float32")[np.arange(len(photos)) % bench.class_count]
+    batch = (
+        photos,
+        np.eye(bench.class_count, dtype="float32")[np.arange(len(photos)) % bench.class_count],
+    )
     matrix = tf.random.normal((4096, 4096))
     product = tf.function(lambda: tf.reduce_sum(matrix @ matrix))
     product()
     policy = study.half_precision()
-    runs, networks = {}, {}
+    runs, models = {}, {}
     for name in dict.fromkeys(("float32", policy)):
         keras.config.set_dtype_policy(name)
-        runs[name], networks[name] = training_run(batch, bench.class_count, bench.steps)
+        runs[name], models[name] = training_run(batch, bench.class_count, bench.steps)
     keras.config.set_dtype_policy("float32")
 
     def product_rate():
         return 2 * len(matrix) ** 3 / min(seconds(lambda: product().numpy()) for _ in range(3))
 
-    products, full, *half = in_turn(bench.rounds, product_rate, *(partial(seconds, run) for run in runs.values()))
+    products, full, *half = in_turn(
+        bench.rounds, product_rate, *(partial(seconds, run) for run in runs.values())
+    )
     trained = bench.steps * len(photos)
     if half:
         what = f"Training in {policy} at {bench.size} px"
         bench.times(what, half[0], full, "float32", lambda t: f"{trained / t:.2f} photos/s")
     else:
-        bench.row("Training in half precision", "not measured", "neither GPU nor CPU computes in it")
+        bench.row(
+            "Training in half precision", "not measured", "neither GPU nor CPU computes in it"
+        )
     # Two operations a multiplication and addition; the backward pass takes twice the forward pass.
-    reached = 2 * 3 * multiply_adds(networks["float32"]) * trained / full
+    reached = 2 * 3 * multiply_adds(models["float32"]) * trained / full
     gigaflops = [f"{np.median(rate) / 1e9:.0f} GFLOP/s" for rate in (reached, products)]
     what = f"Arithmetic of the float32 training step at {bench.size} px"
-    bench.row(what, gigaflops[0], f"{gigaflops[1]}: the machine's matrix product", spread(reached / products))
+    bench.row(
+        what,
+        gigaflops[0],
+        f"{gigaflops[1]}: the machine's matrix product",
+        spread(reached / products),
+    )
 
 
 def our_recipe(bench, splits, seed):
     """Validation loss and accuracy of the epoch that is kept."""
     keras.utils.set_random_seed(seed)
-    network = study.build_network(bench.class_count, bench.recipe_size, "none")
-    backup = study.EpochBackup(bench.scratch / "recipe", {})
-    study.train(network, splits, study.training_phases(bench.recipe_epochs, "none", "none"), backup)
-    kept = backup.best_epoch - 1
-    return backup.history["val_loss"][kept], backup.history["val_accuracy"][kept]
+    model = study.build_model(bench.class_count, bench.recipe_size, "none")
+    checkpoints = study.Checkpoints(bench.scratch / "recipe", {})
+    study.train(
+        model, splits, study.training_phases(bench.recipe_epochs, "none", "none"), checkpoints
+    )
+    kept = checkpoints.best_epoch - 1
+    return checkpoints.history["val_loss"][kept], checkpoints.history["val_accuracy"][kept]
 
 
 def tutorial_recipe(bench, splits, seed):
-    """Validation loss and accuracy of the last epoch: pixels in [0, 1], Adam and BatchNormalization by default."""
+    """Validation loss and accuracy of the last epoch: pixels in [0, 1], Adam and BatchNormalization
+    by default."""
     keras.utils.set_random_seed(seed)
-    network = study.build_network(bench.class_count, bench.recipe_size, "none")
-    network.get_layer("scaled").scale, network.get_layer("scaled").offset = 1 / 255, 0
-    for layer in study.in_creation_order(network, layers.BatchNormalization):
-        layer.momentum = layers.BatchNormalization().momentum
-    network.compile(keras.optimizers.Adam(), "categorical_crossentropy", metrics=["accuracy"])
+    model = study.build_model(bench.class_count, bench.recipe_size, "none")
+    model.get_layer("scaled").scale, model.get_layer("scaled").offset = 1 / 255, 0
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = layers.BatchNormalization().momentum
+    model.compile(keras.optimizers.Adam(), "categorical_crossentropy", metrics=["accuracy"])
     options = {"epochs": bench.recipe_epochs, "shuffle": False, "verbose": 0}
-    history = network.fit(splits["train"], validation_data=splits["validation"], **options).history
+    history = model.fit(splits["train"], validation_data=splits["validation"], **options).history
     return history["val_loss"][-1], history["val_accuracy"][-1]
 
 
 def compare_recipe(bench):
-    """From scratch: the same network, photos, augmentation, size, batch and epochs; other recipe."""
-    names, sizes = ["train", "validation"], {"size": bench.recipe_size, "batch_size": 32}
+    """From scratch: same model, photos, augmentation, size, batch and epochs; other recipe."""
+    sizes = {"size": (bench.recipe_size,) * 2, "batch_size": 32}
     for kind, data in {"drawn": bench.drawn_data, "given": bench.given_data}.items():
         if not data:
             continue
@@ -335,36 +404,45 @@ def compare_recipe(bench):
         for seed in range(bench.rounds):
             for recipe in (our_recipe, tutorial_recipe):
                 with contextlib.redirect_stdout(io.StringIO()):
-                    splits = study.open_splits(data, names, seed=seed, **sizes)
+                    splits, _ = study.open_all_splits(data, **sizes, seed=seed)
                     results.append(recipe(bench, splits, seed))
                 loss, accuracy = results[-1]
                 print(
-                    f"seed {seed}, {recipe.__name__}: validation loss {loss:.3f}, accuracy {accuracy:.3f}", flush=True
+                    f"seed {seed}, {recipe.__name__}: loss {loss:.3f}, accuracy {accuracy:.3f}",
+                    flush=True,
                 )
         (loss, peer_loss), (accuracy, peer_accuracy) = np.reshape(results, (-1, 2, 2)).T
-        counts = f"{splits['train'].n} + {splits['validation'].n} {kind} photos"
-        what = f"from scratch, {bench.recipe_epochs} epochs at {bench.recipe_size} px, {counts}, {len(loss)} seeds"
-        losses, accuracies = (loss, peer_loss, peer_loss / loss), (accuracy, peer_accuracy, accuracy / peer_accuracy)
+        counts = " + ".join(str(len(splits[name].paths)) for name in ("train", "validation"))
+        counts = f"{counts} {kind} photos"
+        run = f"{bench.recipe_epochs} epochs at {bench.recipe_size} px"
+        what = f"from scratch, {run}, {counts}, {len(loss)} seeds"
+        losses, accuracies = (
+            (loss, peer_loss, peer_loss / loss),
+            (accuracy, peer_accuracy, accuracy / peer_accuracy),
+        )
         for figure, (own, peer, ratio) in (("loss", losses), ("accuracy", accuracies)):
             theirs = f"{spread(peer, '')}: the tutorial's recipe"
             bench.row(f"Validation {figure} {what}", spread(own, ""), theirs, spread(ratio))
 
 
-# ---- Filter patterns -------------------------------------------------------------------------------------------------
+# ---- Filter patterns -----------------------------------------------------------------------------
 
 
 def tutorial_pattern(cut, filter_index, steps, size=299):
-    """Keras blog and tutorial: pixels from grey noise, gradient divided by its root mean square, step 1."""
+    """Keras blog and tutorial: pixels from grey noise, gradient divided by its root mean square,
+    step 1."""
 
     @tf.function
     def normalised_gradient(image):
         with tf.GradientTape() as tape:
             tape.watch(image)
-            loss = tf.reduce_mean(cut([image], training=False)[..., filter_index])
+            loss = tf.reduce_mean(cut(image, training=False)[..., filter_index])
         gradient = tape.gradient(loss, image)
         return gradient / (tf.sqrt(tf.reduce_mean(tf.square(gradient))) + 1e-5)
 
-    image = (np.random.default_rng(filter_index).random((1, size, size, 3)) * 20 + 128).astype("float32")
+    image = (np.random.default_rng(filter_index).random((1, size, size, 3)) * 20 + 128).astype(
+        "float32"
+    )
     for _ in range(steps):
         image = image + normalised_gradient(image).numpy()
     picture = (image[0] - image.mean()) / (image.std() + 1e-5) * 0.1 + 0.5
@@ -372,15 +450,19 @@ def tutorial_pattern(cut, filter_index, steps, size=299):
 
 
 def book_pattern(cut, filter_index, steps, size=200, learning_rate=10.0):
-    """Chollet, Deep Learning with Python: pixels from uniform noise, unit gradient, the outputs' border left out."""
-    # The book's network takes the noise's own range [0.4, 0.6]; this one takes 0–255, so noise and rate are scaled up.
-    image = tf.constant(np.random.default_rng(filter_index).uniform(0.4, 0.6, (1, size, size, 3)) * 255, "float32")
+    """Chollet, Deep Learning with Python: pixels from uniform noise, unit gradient, the outputs'
+    border left out."""
+    # The book's model takes the noise's own range [0.4, 0.6]; this one takes 0–255, so noise and
+    # rate are scaled up.
+    image = tf.constant(
+        np.random.default_rng(filter_index).uniform(0.4, 0.6, (1, size, size, 3)) * 255, "float32"
+    )
 
     @tf.function
     def ascend(image):
         with tf.GradientTape() as tape:
             tape.watch(image)
-            loss = tf.reduce_mean(cut([image], training=False)[:, 2:-2, 2:-2, filter_index])
+            loss = tf.reduce_mean(cut(image, training=False)[:, 2:-2, 2:-2, filter_index])
         return image + 255 * learning_rate * tf.math.l2_normalize(tape.gradient(loss, image))
 
     for _ in range(steps):
@@ -390,101 +472,153 @@ def book_pattern(cut, filter_index, steps, size=200, learning_rate=10.0):
     return np.clip(picture, 0, 255).astype("uint8")[25:-25, 25:-25]
 
 
-def keras_vis_pattern(network, layer_name, filter_index, steps):
-    """tf-keras-vis's ActivationMaximization with its defaults, at the size of the network's own input."""
+def keras_vis_pattern(model, layer_name, filter_index, steps):
+    """tf-keras-vis's ActivationMaximization with its defaults, at the model's own input size."""
     from tf_keras_vis.activation_maximization import ActivationMaximization
     from tf_keras_vis.utils.scores import CategoricalScore
 
     keras.utils.set_random_seed(filter_index)
-    cut = keras.Model(network.input, network.get_layer(layer_name).output)
+    cut = keras.Model(model.input, model.get_layer(layer_name).output)
     maximize = ActivationMaximization(cut, clone=False)
     return np.asarray(maximize(CategoricalScore(filter_index), steps=steps))[0].astype("uint8")
 
 
-def responses(cut, pictures):
-    """{filter: mean answer of the filter to its own 8-bit picture}; pictures: {filter: (h, w, 3) uint8}."""
-    answers = ((k, cut([picture[None].astype("float32")], training=False)) for k, picture in pictures.items())
-    return {k: float(tf.reduce_mean(answer[..., k])) for k, answer in answers}
+def at_equal_contrast(picture, size, blur):
+    """A (h, w, 3) uint8 picture at 40 grey levels about its mean colour, as (size, size, 3) float.
+
+    It is repeated or cut to the size. A blur of 1 pixel leaves what the eye sees of it. Activations
+    rise with contrast, so that pictures of different contrast cannot be compared.
+    """
+    picture = picture.astype("float32")
+    mean = picture.mean((0, 1))
+    pattern = (picture - mean) / max(np.std(picture - mean), 1e-6)
+    picture = np.clip(mean + 40 * pattern, 0, 255)
+    repeats = -(-size // min(picture.shape[:2]))
+    picture = np.tile(picture, (repeats, repeats, 1))[:size, :size]
+    return cv2.GaussianBlur(picture, (0, 0), blur) if blur else picture
 
 
-def pattern_peers(bench, network, layer_name):
-    """{name: (function of filter_index that draws one pattern, how many filters it draws in a round)}."""
-    cut, many = study.cut_network(network, [layer_name]), bench.peer_filters
+def judge(extractor, pictures, size):
+    """{judgement: {filter: mean activation of the filter on its own picture}}."""
+    kinds = {
+        "blurred": lambda picture: at_equal_contrast(picture, size, blur=1),
+        "sharp": lambda picture: at_equal_contrast(picture, size, blur=None),
+        "saved": lambda picture: picture.astype("float32"),
+    }
+    judgements = {}
+    for kind, prepare in kinds.items():
+        activations = ((k, extractor(prepare(it)[None])) for k, it in pictures.items())
+        judgements[kind] = {k: float(tf.reduce_mean(it[..., k])) for k, it in activations}
+    return judgements
+
+
+def clipped_share(pictures):
+    """The share of sub-pixels below 8 or above 247 in a list of pictures."""
+    values = np.concatenate([picture.ravel() for picture in pictures])
+    return np.mean((values < 8) | (values > 247))
+
+
+def pattern_peers(bench, model, layer_name):
+    """{name: (function of filter_index that draws a pattern, how many it draws in a round)}."""
+    extractor = study.feature_extractor(model, (layer_name,), any_size=True)
+    many = bench.peer_filters
     peers = {
-        "the tutorial's": (partial(tutorial_pattern, cut, steps=bench.tutorial_steps), many),
-        "the Keras book's": (partial(book_pattern, cut, steps=bench.book_steps), many),
+        "the tutorial's": (partial(tutorial_pattern, extractor, steps=bench.tutorial_steps), many),
+        "the Keras book's": (partial(book_pattern, extractor, steps=bench.book_steps), many),
     }
     if not bench.without_keras_vis(f"Patterns of {layer_name}"):
-        draw = partial(keras_vis_pattern, network, layer_name, steps=bench.keras_vis_steps)
+        draw = partial(keras_vis_pattern, model, layer_name, steps=bench.keras_vis_steps)
         peers["tf-keras-vis's"] = draw, 1  # it takes a minute for a filter
     return peers
 
 
-def compare_sheet(bench, network, number):
-    """A sheet's time, and the answer of each filter to its own finished picture, each method at its own cell size."""
-    kinds = layers.Conv2D, layers.Activation
-    convolution, relu = (study.in_creation_order(network, kind)[number - 1] for kind in kinds)
-    cut, filters = study.cut_network(network, [convolution.name]), range(min(bench.sheet_filters, convolution.filters))
-    peers = pattern_peers(bench, network, convolution.name)
-    own_times, times, theirs = [], {name: [] for name in peers}, {name: {} for name in peers}
+def compare_sheet(bench, model, convolution):
+    """A sheet's time, and the filters' activations on their pictures, beside each peer's."""
+    peers = pattern_peers(bench, model, convolution.layer)
+    filters = range(min(bench.sheet_filters, convolution.channels))
+    own_times, times, drawn = [], {name: [] for name in peers}, {name: {} for name in peers}
     order = np.random.default_rng(0).permutation(filters)  # so that a few stand for the sheet
     for chosen in np.resize(order, (bench.rounds, bench.peer_filters)).tolist():
         start = time.perf_counter()
-        climb = study.PATTERN_CLIMBS[number]
-        pictures, _ = study.filter_patterns(network, convolution.name, relu.name, filters, **climb)
+        pictures, _ = study.filter_patterns(model, convolution.layer, filters)
         own_times.append(time.perf_counter() - start)
         for name, (draw, count) in peers.items():
             start = time.perf_counter()
-            drawn = {k: draw(filter_index=k) for k in chosen[:count]}
-            times[name].append((time.perf_counter() - start) / len(drawn) * len(filters))
-            theirs[name] |= responses(cut, drawn)
-    ours = responses(cut, dict(zip(filters, pictures, strict=True)))
+            few = {k: draw(filter_index=k) for k in chosen[:count]}
+            times[name].append((time.perf_counter() - start) / len(few) * len(filters))
+            drawn[name] |= few
+    extractor = study.feature_extractor(model, (convolution.layer,), any_size=True)
+    ours = judge(extractor, dict(zip(filters, pictures, strict=True)), bench.size)
+    clipped = f"{clipped_share(pictures):.1%} clipped"
     for name in peers:
-        pairs = np.array([(ours[k], answer) for k, answer in theirs[name].items()])
-        own, peer = np.median(pairs, axis=0)
-        faster = spread(np.array(times[name]) / own_times)
-        stronger = f"answers {own / peer:.2f} ×, " if peer > 0 else ""
-        bench.row(
-            f"Sheet of {len(filters)} patterns, convolution {number}; answers of {len(pairs)} filters",
-            f"{np.median(own_times):.1f} s; median {own:.2f}",
-            f"{np.median(times[name]):.0f} s, scaled up from {len(pairs)} filters; median {peer:.2f}: {name}",
-            f"{faster}; {stronger}higher on {(pairs[:, 0] > pairs[:, 1]).sum()} of {len(pairs)}",
+        theirs = judge(extractor, drawn[name], bench.size)
+        own_share = f"{np.median(own_times):.1f} s; {clipped}"
+        share = (
+            f"{np.median(times[name]):.0f} s, scaled up; {clipped_share(drawn[name].values()):.1%}"
         )
+        what = f"Sheet of {len(filters)} patterns, convolution {convolution.number}"
+        faster = spread(np.array(times[name]) / own_times)
+        bench.row(what, own_share, f"{share} clipped: {name}", faster)
+        for kind in ours:
+            compare_judgement(bench, convolution, name, kind, ours[kind], theirs[kind])
+
+
+def compare_judgement(bench, convolution, name, kind, ours, theirs):
+    """A row of the median activations of one judgement, and on how many filters ours is higher."""
+    texts = {
+        "blurred": "at equal contrast after a blur of 1 px",
+        "sharp": "at equal contrast",
+        "saved": "as saved",
+    }
+    pairs = np.array([(ours[k], theirs[k]) for k in theirs])
+    own, peer = np.median(pairs, axis=0)
+    ratio = f"{own / peer:.2f} ×, " if peer > 0 else ""
+    bench.row(
+        f"Mean activation {texts[kind]}, convolution {convolution.number}, {len(pairs)} filters",
+        f"{own:.2f}",
+        f"{peer:.2f}: {name}",
+        f"{ratio}higher on {(pairs[:, 0] > pairs[:, 1]).sum()} of {len(pairs)}",
+    )
 
 
 def compare_patterns(bench):
     """Each of our sheets against three other ways to draw it."""
-    network = bench.network()
-    for number in study.PATTERN_CLIMBS:
-        compare_sheet(bench, network, number)
+    model = bench.model()
+    for convolution in study.choose_convolutions(model, study.PATTERN_CONVOLUTIONS):
+        compare_sheet(bench, model, convolution)
 
 
-# ---- The whole drawing job -------------------------------------------------------------------------------------------
+# ---- The whole drawing job -----------------------------------------------------------------------
 
 
-def tutorial_grids(network, pixels, folder):
-    """The tutorial's and the book's grids: a prediction a layer, channels standardised one by one, shown by imshow."""
-    for number in study.GRID_CONVOLUTIONS:
-        for kind in (layers.Conv2D, layers.Activation):
-            layer = study.in_creation_order(network, kind)[number - 1]
-            answer = keras.Model(network.input, layer.output).predict(pixels[None])[0]
-            size, rows = answer.shape[0], answer.shape[-1] // 16
+def tutorial_grids(model, pixels, folder):
+    """The tutorial's and the book's grids: a prediction a layer, channels standardised one by one,
+    shown by imshow."""
+    for convolution in study.choose_convolutions(model, study.GRID_CONVOLUTIONS):
+        for name in (convolution.layer, convolution.activation):
+            output = model.get_layer(name).output
+            activation = keras.Model(model.input, output).predict(pixels[None])[0]
+            size, rows = activation.shape[0], activation.shape[-1] // 16
             grid = np.zeros((rows * size, 16 * size))
             for row, column in np.ndindex(rows, 16):
-                channel = answer[..., row * 16 + column]
+                channel = activation[..., row * 16 + column]
                 channel = (channel - channel.mean()) / (channel.std() + 1e-5) * 64 + 128
-                place = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
+                place = (
+                    slice(row * size, (row + 1) * size),
+                    slice(column * size, (column + 1) * size),
+                )
                 grid[place] = np.clip(channel, 0, 255)
             figure = Figure(figsize=(16, rows))
             figure.subplots().imshow(grid, aspect="auto", cmap="viridis")
-            figure.savefig(folder / f"{layer.name}.png")
+            figure.savefig(folder / f"{name}.png")
 
 
-def tutorial_heatmap(network, pixels, file):
+def tutorial_heatmap(model, pixels, file):
     """The tutorial's heatmap: Grad-CAM of the predicted probability, stretched over the photo."""
-    probe = keras.Model(network.input, [network.get_layer(study.HEATMAP_LAYER).output, network.output])
+    features = model.get_layer(study.heatmap_layer(model)).output
+    gradient_model = keras.Model(model.input, [features, model.output])
     with tf.GradientTape() as tape:
-        maps, probabilities = probe(pixels[None].astype("float32"))
+        maps, probabilities = gradient_model(pixels[None].astype("float32"))
         score = tf.reduce_max(probabilities[0])
     weights = tf.reduce_mean(tape.gradient(score, maps), (0, 1, 2))
     heatmap = np.maximum(0, tf.reduce_mean(maps[0] * weights, -1))
@@ -493,45 +627,61 @@ def tutorial_heatmap(network, pixels, file):
     cv2.imwrite(str(file), np.clip(0.4 * coloured + pixels[..., ::-1], 0, 255).astype("uint8"))
 
 
-def tutorial_pictures(bench, network, photos):
-    """Seconds for the tutorial's 6 grids, 3 sheets of 64 patterns (one of each drawn and scaled up), 3 heatmaps."""
-    total = seconds(tutorial_grids, network, photos[0], bench.scratch)
-    for number in study.PATTERN_CLIMBS:
-        layer = study.in_creation_order(network, layers.Conv2D)[number - 1]
-        cut = keras.Model(network.inputs, [layer.output])
-        options = {"steps": bench.tutorial_steps, "size": network.input_shape[1]}
-        total += min(64, layer.filters) * seconds(tutorial_pattern, cut, layer.filters // 2, **options)
-    return total + sum(seconds(tutorial_heatmap, network, photo, bench.scratch / "heatmap.jpg") for photo in photos)
+def tutorial_pictures(bench, model, photos):
+    """Seconds for the tutorial's 6 grids, 3 sheets of 64 patterns (one of each drawn and scaled
+    up), 3 heatmaps."""
+    total = seconds(tutorial_grids, model, photos[0], bench.scratch)
+    for convolution in study.choose_convolutions(model, study.PATTERN_CONVOLUTIONS):
+        extractor = keras.Model(model.input, model.get_layer(convolution.layer).output)
+        options = {"steps": bench.tutorial_steps, "size": model.input_shape[1]}
+        one = seconds(tutorial_pattern, extractor, convolution.channels // 2, **options)
+        total += min(64, convolution.channels) * one
+    file = bench.scratch / "heatmap.jpg"
+    return total + sum(seconds(tutorial_heatmap, model, photo, file) for photo in photos)
 
 
 def peak_memory(command):
-    """Runs a command, in silence: the GiB that it needed at its peak, or None where the system does not tell."""
+    """Runs a command, in silence: the GiB that it needed at its peak, or None where the system does
+    not tell."""
     if importlib.util.find_spec("resource") is None:
         call(*command)
         return None
-    # From a small process of its own, as a child's count begins with the memory of the process that started it.
+    # From a small process of its own, as a child's count begins with the memory of the process that
+    # started it.
     code = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
+        "import resource, subprocess, sys; "
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    return int(call(sys.executable, "-c", code, *command)) / (2**30 if sys.platform == "darwin" else 2**20)
+    return int(call(sys.executable, "-c", code, *command)) / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 def compare_drawing(bench):
     """From the command to the last picture, start-up included on both sides."""
     file, photos = bench.scratch / "drawing.keras", bench.test_photos(3, bench.size)
-    network = bench.network(bench.size)
-    network.save(file)
-    study_command = [sys.executable, ROOT / "model_training_and_visualization.py", "--skip-training", "--model", file]
+    model = bench.model(bench.size)
+    model.save(file)
+    study_command = [
+        sys.executable,
+        ROOT / "model_training_and_visualization.py",
+        "--skip-training",
+        "--model",
+        file,
+    ]
     study_command += ["--data", bench.data, "--output", bench.scratch / "Images"]
     load = f"; import keras; keras.saving.load_model({str(file)!r}, compile=False)"
-    ours_starts = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model_training_and_visualization" + load
+    ours_starts = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import model_training_and_visualization"
+        + load
+    )
     memory = []
     whole, start, peer, peer_start = in_turn(
         bench.rounds,
         lambda: seconds(lambda: memory.append(peak_memory(study_command))),
         lambda: seconds(call, sys.executable, "-c", ours_starts),
-        lambda: tutorial_pictures(bench, network, photos),
+        lambda: tutorial_pictures(bench, model, photos),
         lambda: seconds(call, sys.executable, "-c", "import matplotlib.pyplot, cv2" + load),
     )
     peer = peer + peer_start
@@ -539,11 +689,12 @@ def compare_drawing(bench):
     needed = f", {max(memory):.1f} GiB at most" if None not in memory else ""
     own = f"{np.median(whole):.0f} s{needed}; {np.median(start):.1f} s of them start-up"
     scaled = "its patterns scaled up from one a sheet"
-    theirs = f"{np.median(peer):.0f} s, {scaled}; {np.median(peer_start):.1f} s start-up: the tutorial's code"
+    start_up = f"{np.median(peer_start):.1f} s start-up"
+    theirs = f"{np.median(peer):.0f} s, {scaled}; {start_up}: the tutorial's code"
     bench.row(what, own, theirs, spread(peer / whole))
 
 
-# ---- Heatmaps --------------------------------------------------------------------------------------------------------
+# ---- Heatmaps ------------------------------------------------------------------------------------
 
 
 def compare_gradcam(bench):
@@ -554,20 +705,22 @@ def compare_gradcam(bench):
     from tf_keras_vis.utils.model_modifiers import ReplaceToLinear
     from tf_keras_vis.utils.scores import CategoricalScore
 
-    network, rng = bench.network(), np.random.default_rng(0)
-    photos = [draw_flower(CLASS_NAMES[k % 5], rng, network.input_shape[1])[0].astype("float32") for k in range(10)]
-    targets = network.predict(np.stack(photos)).argmax(1)
-    explain = Gradcam(network, model_modifier=ReplaceToLinear(), clone=True)
+    model, rng = bench.model(), np.random.default_rng(0)
+    layer, size = study.heatmap_layer(model), model.input_shape[1]
+    drawn = [draw_flower(CLASS_NAMES[k % 5], rng, size)[0] for k in range(10)]
+    photos = [photo.astype("float32") for photo in drawn]
+    targets = model.predict(np.stack(photos)).argmax(1)
+    explain = Gradcam(model, model_modifier=ReplaceToLinear(), clone=True)
     raw = {"seek_penultimate_conv_layer": False, "expand_cam": False, "normalize_cam": False}
 
     def ours():
         pairs = zip(photos, targets, strict=True)
-        return [study.grad_cam(network, photo, study.HEATMAP_LAYER, target) for photo, target in pairs]
+        return [study.grad_cam(model, photo, layer, target) for photo, target in pairs]
 
     def theirs():
         scores = [CategoricalScore(int(target)) for target in targets]
         pairs = zip(scores, photos, strict=True)
-        return [np.asarray(explain(score, photo, study.HEATMAP_LAYER, **raw))[0] for score, photo in pairs]
+        return [np.asarray(explain(score, photo, layer, **raw))[0] for score, photo in pairs]
 
     pairs = [(a, b) for a, b in zip(ours(), theirs(), strict=True) if a.any() or b.any()]
     agreement = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]
@@ -576,55 +729,72 @@ def compare_gradcam(bench):
     bench.times(what, own, peer, "tf-keras-vis", "{:.2f} s".format)
 
 
-def mean_falls(network, photos, labels):
-    """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and a random map."""
-    size, rng, falls = network.input_shape[1], np.random.default_rng(0), []
-    centre = -np.hypot(*(np.mgrid[:size, :size] - (size - 1) / 2))
+def mean_falls(model, photos, labels):
+    """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and
+    a random map."""
+    layer, rng, falls = study.heatmap_layer(model), np.random.default_rng(0), []
+    size, field = study.input_size(model), study.receptive_fields(model)[layer]
     for photo, label in zip(photos, labels, strict=True):
-        heatmap = study.grad_cam(network, photo, study.HEATMAP_LAYER, label)
+        heatmap = study.grad_cam(model, photo, layer, label)
         if not heatmap.any():
-            continue  # it marks nothing, and its figure says so
-        noise = cv2.GaussianBlur(rng.normal(size=(size, size)), (0, 0), size / 12)
-        rivals = study.enlarge(heatmap, size, *study.CELLS[study.HEATMAP_LAYER]), centre, noise
-        before, *after = study.deletion(network, photo, map(study.most_marked, rivals))[:, label]
+            continue  # it marks nothing, and its caption says so
+        noise = cv2.GaussianBlur(rng.normal(size=size), (0, 0), size[0] / 12)
+        maps = study.place_heatmap(heatmap, field, size), study.centred_blob(size), noise
+        masks = [np.zeros(size, bool), *map(study.top_fraction, maps)]
+        before, *after = study.deletion_scores(model, photo, masks)[:, label]
         falls.append(before - np.array(after))
     return np.mean(falls, axis=0), len(falls)
 
 
-def energy_on_flower(network, per_class):
-    """Shares per class, (3, 5): of the heatmap's energy on the flower, of a plainly stretched map's, of the area."""
-    size, shares = network.input_shape[1], np.zeros((3, 5))
+def energy_on_flower(model, per_class):
+    """Shares (3, 5 classes) on the flower: of the heatmap's energy, a stretched one's, the area."""
+    layer, size, shares = study.heatmap_layer(model), model.input_shape[1], np.zeros((3, 5))
+    field = study.receptive_fields(model)[layer]
     for label, k in np.ndindex(5, per_class):
-        photo, flower = draw_flower(CLASS_NAMES[label], np.random.default_rng([99, label, k]), size)
-        heatmap = study.grad_cam(network, photo, study.HEATMAP_LAYER, label)
+        rng = np.random.default_rng([99, label, k])
+        photo, flower = draw_flower(CLASS_NAMES[label], rng, size)
+        heatmap = study.grad_cam(model, photo, layer, label)
         if not heatmap.any():
-            heatmap = np.ones_like(heatmap)  # an empty map is as good as a map that marks everything
-        laid = study.enlarge(heatmap, size, *study.CELLS[study.HEATMAP_LAYER])
-        placed = laid, cv2.resize(heatmap, (size, size))
-        shares[:, label] += [*(values[flower].sum() / values.sum() for values in placed), flower.mean()]
+            heatmap = np.ones_like(heatmap)  # an empty map is as good as one that marks everything
+        placed = study.place_heatmap(heatmap, field, (size, size))
+        for row, values in enumerate((placed, cv2.resize(heatmap, (size, size)))):
+            shares[row, label] += values[flower].sum() / values.sum()
+        shares[2, label] += flower.mean()
     return shares / per_class
 
 
 def measure_trust(bench):
-    """What the heatmaps of the given network are worth."""
+    """What the heatmaps of the given model are worth."""
     if not bench.model_file:
-        bench.row("Trust in heatmaps", "not measured", "needs a trained network: --model FILE")
+        bench.row("Trust in heatmaps", "not measured", "needs a trained model: --model FILE")
         return
-    network = bench.network()
-    test = study.open_splits(bench.data, ["test"], network.input_shape[1], 1, seed=0)["test"]
-    photos = [study.network_input(path, test.target_size[0]) for path in test.filepaths]
-    (grad_cam, blob, random), count = mean_falls(network, photos, test.classes)
-    what = f"Mean fall of the true class's probability without the fifth marked, {count} of {test.n} test photos"
+    model = bench.model()
+    test, _ = study.open_split(bench.data / "test", study.input_size(model), 1)
+    photos = [study.model_input(path, *study.input_size(model)) for path in test.paths]
+    (grad_cam, blob, random), count = mean_falls(model, photos, test.labels)
+    counts = f"{count} of {len(photos)} test photos"
+    what = f"Mean fall of the true class's probability without the hottest fifth, {counts}"
     for fall, name in ((blob, "a centred blob"), (random, "a random smooth map")):
-        bench.row(what, f"{grad_cam:.3f}", f"{fall:.3f}: {name}", f"{grad_cam / fall:.2f} ×" if fall > 0 else "")
-    if network.output_shape[-1] == len(CLASS_NAMES):
-        placed, stretched, area = energy_on_flower(network, bench.masked_per_class)
-        what = f"Heatmap energy on the flower, {bench.masked_per_class * 5} drawn flowers; range: classes"
-        for peer, name in ((area, "the flower's share of the photo"), (stretched, "the map plainly stretched")):
-            bench.row(what, f"{placed.mean():.1%}", f"{peer.mean():.1%}: {name}", spread(placed / peer))
+        bench.row(
+            what,
+            f"{grad_cam:.3f}",
+            f"{fall:.3f}: {name}",
+            f"{grad_cam / fall:.2f} ×" if fall > 0 else "",
+        )
+    if model.output_shape[-1] == len(CLASS_NAMES):
+        placed, stretched, area = energy_on_flower(model, bench.masked_per_class)
+        count = bench.masked_per_class * 5
+        what = f"Heatmap energy on the flower, {count} drawn flowers; range: classes"
+        for peer, name in (
+            (area, "the flower's share of the photo"),
+            (stretched, "the map plainly stretched"),
+        ):
+            bench.row(
+                what, f"{placed.mean():.1%}", f"{peer.mean():.1%}: {name}", spread(placed / peer)
+            )
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
+# ---- The run -------------------------------------------------------------------------------------
 
 COMPARISONS = {
     "split": compare_split,
@@ -644,21 +814,39 @@ def machine():
     """The machine and the software in a line."""
     processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        named = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        named = [
+            line.partition(": ")[2]
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = named[0] if named else processor
     gpus = len(tf.config.list_physical_devices("GPU"))
-    software = f"Python {platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}"
-    return f"{cores()} cores of {processor}, {f'{gpus} GPUs' if gpus else 'no GPU'}, {platform.system()}; {software}"
+    software = f"TensorFlow {tf.__version__}, Keras {keras.__version__}"
+    python = f"Python {platform.python_version()}"
+    devices = f"{gpus} GPUs" if gpus else "no GPU"
+    system = f"{cores()} cores of {processor}, {devices}, {platform.system()}"
+    return f"{system}; {python}, {software}"
 
 
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=COMPARISONS, metavar="NAME", help=", ".join(COMPARISONS))
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a trained network; else an untrained one")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="holds train, validation, test; else drawn flowers")
+    parser.add_argument(
+        "--only", nargs="+", choices=COMPARISONS, metavar="NAME", help=", ".join(COMPARISONS)
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE", help="a trained model; else an untrained one"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="holds train, validation, test; else drawn flowers"
+    )
+    parser.add_argument(
+        "--weights", default="none", metavar="FILE", help="of the model where no --model is given"
+    )
     parser.add_argument("--quick", action="store_true", help="only see that everything runs")
     for name in ("rounds", "peer_filters", "recipe_epochs", "recipe_size"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {FULL[name]}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {FULL[name]}"
+        )
     options = parser.parse_args()
     for path in (options.model, options.data):
         if path and not path.exists():
@@ -669,17 +857,28 @@ def parse_options():
 def main():
     options = parse_options()
     settings = QUICK if options.quick else FULL
-    settings = settings | {name: value for name, value in vars(options).items() if name in FULL and value}
+    settings = settings | {
+        name: value for name, value in vars(options).items() if name in FULL and value
+    }
     keras.config.disable_interactive_logging()
-    tf.get_logger().setLevel("ERROR")  # the peers trace anew for every filter, and each time it is pointed out
-    warnings.filterwarnings("ignore", "The structure of `inputs`")  # tf-keras-vis gives a list for one input
+    tf.get_logger().setLevel(
+        "ERROR"
+    )  # the peers trace anew for every filter, and each time it is pointed out
+    warnings.filterwarnings(
+        "ignore", "The structure of `inputs`"
+    )  # tf-keras-vis gives a list for one input
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(scratch), settings, options.model, options.data)
+        bench = Bench(Path(scratch), settings, options)
         for name in options.only or COMPARISONS:
             start = time.perf_counter()
             COMPARISONS[name](bench)
             print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
-    print(f"\n{machine()}\n", "| what | ours | peer | ratio (median, range) |", "| --- | --- | --- | --- |", sep="\n")
+    print(
+        f"\n{machine()}\n",
+        "| what | ours | peer | ratio (median, range) |",
+        "| --- | --- | --- | --- |",
+        sep="\n",
+    )
     print(*bench.rows, sep="\n")
 
 

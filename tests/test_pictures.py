@@ -1,15 +1,13 @@
 """What the pictures promise: that they show what is there, where it is, and how much of it."""
 
-import io
-from types import SimpleNamespace
+from dataclasses import replace
 
 import cv2
 import keras
 import matplotlib
 import numpy as np
 import pytest
-import tensorflow as tf
-from conftest import CLASSES, small_network, write_flowers
+from conftest import CLASSES, small_model, write_flowers
 from draw_flowers import draw_flower
 from keras import layers
 from matplotlib.figure import Figure
@@ -19,276 +17,473 @@ from PIL import Image
 import model_training_and_visualization as study
 
 
-def two_channel_network(kernel, bias=(0.0, 0.0)):
+def two_channel_model(kernel, bias=(0.0, 0.0)):
     """2 × 2 photo -> "maps": channel 0 red, channel 1 green -> means -> logits of two classes."""
     photo = keras.Input((2, 2, 3))
     maps = layers.Conv2D(2, 1, use_bias=False, name="maps")(photo)
-    network = keras.Model(photo, layers.Dense(2, activation="softmax")(layers.GlobalAveragePooling2D()(maps)))
-    network.layers[1].set_weights([np.array([[[[1, 0], [0, 1], [0, 0]]]], "float32")])
-    network.layers[-1].set_weights([np.array(kernel, "float32"), np.array(bias, "float32")])
-    return network
+    means = layers.GlobalAveragePooling2D()(maps)
+    model = keras.Model(photo, layers.Dense(2, activation="softmax")(means))
+    model.layers[1].set_weights([np.array([[[[1, 0], [0, 1], [0, 0]]]], "float32")])
+    model.layers[-1].set_weights([np.array(kernel, "float32"), np.array(bias, "float32")])
+    return model
 
 
-PHOTO = np.array([[[8, 0, 9], [4, 4, 9]], [[0, 8, 9], [2, 0, 9]]], "uint8")  # red 8 4 0 2, green 0 4 8 0
+# Red 8 4 0 2, green 0 4 8 0.
+PHOTO = np.array([[[8, 0, 9], [4, 4, 9]], [[0, 8, 9], [2, 0, 9]]], "uint8")
+# Its logits: the mean of red for one class, that of green for the other.
+RED_OR_GREEN = [[4, 0], [0, 4]]
+RED, GREEN = np.array([[8, 4], [0, 2]]), np.array([[0, 4], [8, 0]])
+
+
+def explanation(photo=PHOTO, **facts):
+    """An explanation of a photo that is a rose, and taken for a tulip."""
+    known = {
+        "name": "rose/a.jpg",
+        "photo": photo,
+        "pixels": photo,
+        "class_names": ["daisy", "rose", "tulip"],
+        "probabilities": np.array([0.02, 0.29, 0.69]),
+        "true_index": 1,
+        "class_index": 1,
+        "heatmap": np.ones((2, 2), "float32"),
+    }
+    return study.Explanation(**(known | facts))
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """What save_panels is asked to draw, in place of drawing it: [(file, rows, title, norm)]."""
+    asked = []
+
+    def save_panels(path, rows, title, label, norm, *_, **__):
+        asked.append((path.name, rows, title, norm))
+
+    monkeypatch.setattr(study, "save_panels", save_panels)
+    return asked
+
+
+# ---- Grad-CAM ------------------------------------------------------------------------------------
 
 
 def test_grad_cam_of_a_2_by_2_photo_is_what_one_computes_by_hand():
-    # Means pass a quarter of the logit's weights to each cell: class 1 gets (4 red - 8 green) / 4 = red - 2 green.
-    heatmap = study.grad_cam(two_channel_network([[0, 4], [0, -8]]), PHOTO, "maps", 1)
+    # Means pass a quarter of the logit's weights to each position: (4 red - 8 green) / 4.
+    heatmap = study.grad_cam(two_channel_model([[0, 4], [0, -8]]), PHOTO, "maps", 1)
     np.testing.assert_allclose(heatmap, [[8, 0], [0, 2]], atol=1e-5)
 
 
 def test_grad_cam_explains_the_logit_where_the_softmax_is_saturated():
-    network = two_channel_network([[0, 4], [0, -8]], bias=[0, 1000])
-    assert network(PHOTO[None].astype("float32"))[0, 1] == 1
-    np.testing.assert_allclose(study.grad_cam(network, PHOTO, "maps", 1), [[8, 0], [0, 2]], atol=1e-5)
-
-
-def test_the_evidence_difference_of_two_classes_is_antisymmetric():
-    network = two_channel_network([[4, 1], [-2, 3]])
-    one, other, difference = study.compared_evidence(network, PHOTO, "maps", 0, 1)
-    assert (difference > 0).any() and (difference < 0).any()
-    np.testing.assert_array_equal(difference, one - other)
-    np.testing.assert_array_equal(difference, -study.compared_evidence(network, PHOTO, "maps", 1, 0)[2])
+    model = two_channel_model([[0, 4], [0, -8]], bias=[0, 1000])
+    assert model(PHOTO[None].astype("float32"))[0, 1] == 1
+    heatmap = study.grad_cam(model, PHOTO, "maps", 1)
+    np.testing.assert_allclose(heatmap, [[8, 0], [0, 2]], atol=1e-5)
 
 
 def test_shifting_the_photo_shifts_the_heatmap():
     photo = keras.Input((64, 64, 3))
-    maps = layers.Conv2D(1, 4, strides=4, kernel_initializer="ones", use_bias=False, name="maps")(photo)
+    ones = {"kernel_initializer": "ones", "use_bias": False}
+    maps = layers.Conv2D(1, 4, strides=4, name="maps", **ones)(photo)
     means = layers.GlobalAveragePooling2D()(maps)
-    network = keras.Model(photo, layers.Dense(2, activation="softmax", kernel_initializer="ones")(means))
+    model = keras.Model(photo, layers.Dense(2, activation="softmax", **ones)(means))
     spot = np.zeros((64, 64, 3), "uint8")
     spot[20:27, 12:30] = np.random.default_rng(0).integers(50, 256, (7, 18, 3))
-    before = study.grad_cam(network, spot, "maps", 0)
-    after = study.grad_cam(network, np.roll(spot, (8, 20), axis=(0, 1)), "maps", 0)
+    before = study.grad_cam(model, spot, "maps", 0)
+    after = study.grad_cam(model, np.roll(spot, (8, 20), axis=(0, 1)), "maps", 0)
     assert before.max() > 0 and (before == 0).any()
-    np.testing.assert_allclose(after, np.roll(before, (2, 5), axis=(0, 1)), rtol=1e-5)  # cells are 4 pixels wide
+    np.testing.assert_allclose(after, np.roll(before, (2, 5), axis=(0, 1)), rtol=1e-5)
 
 
-def test_the_cells_of_the_blocks_look_where_the_table_says():
-    """At 267 pixels the cells fit exactly: what the middle one sees is as wide to the left as to the right."""
-    network = study.build_network(2, 267, "none")
-    for convolution in study.in_creation_order(network, layers.Conv2D):  # a plain mean, so that every pixel in sight
-        convolution.set_weights([np.full_like(weight, 1 / weight[..., 0].size) for weight in convolution.get_weights()])
-    description = network.to_json().replace("MaxPooling2D", "AveragePooling2D")  # … counts, also in the gradient
-    averaging = keras.models.model_from_json(description)
-    averaging.set_weights(network.get_weights())
-    blocks = "mixed0", "mixed2", "mixed3", "mixed7", "mixed8", "mixed10"
-    probe = keras.Model(averaging.input, [averaging.get_layer(name).output for name in blocks])
-    photo = tf.Variable(tf.fill((1, 267, 267, 3), 200.0))
-    with tf.GradientTape(persistent=True) as tape:
-        answers = probe(photo)
-        middles = [answer.shape[1] // 2 for answer in answers]
-        cells = [tf.reduce_sum(answer[0, middle, middle]) for answer, middle in zip(answers, middles, strict=True)]
-    for name, answer, middle, cell in zip(blocks, answers, middles, cells, strict=True):
-        seen = tape.gradient(cell, photo)[0].numpy().sum((0, 2))
-        first, step = study.CELLS[name]
-        assert answer.shape[1] == 2 * middle + 1 == (266 - 2 * first) / step + 1, name
-        assert abs(np.average(np.arange(267), weights=seen) - (first + step * middle)) < 0.01, name
-
-
-@pytest.mark.parametrize(("cell", "pixel"), [((0, 0), 3), ((2, 2), 11)])
-def test_a_marker_in_the_corner_and_in_the_centre_is_marked_to_the_pixel(cell, pixel):
-    heatmap = np.zeros((4, 4))
-    heatmap[cell] = 1
-    enlarged = study.enlarge(heatmap, 19, 3, 4)
-    assert enlarged[pixel, pixel] == 1
-    # Half-way to the next cell, two pixels on, half of it is left; at the next cell nothing.
-    np.testing.assert_allclose(enlarged[pixel, [pixel + 2, pixel + 4]], [0.5, 0], atol=1e-6)
-    assert enlarged[0, 0] == (cell == (0, 0))  # beyond the outermost centre it stays the same
-    cells, centre = study.enlarge(heatmap, 21, 3, 5, cells=True), 3 + 5 * cell[0]
-    assert cells[centre - 2 : centre + 3, centre - 2 : centre + 3].all() and np.nansum(cells) == 25
-    assert np.isnan(cells[0]).all() and not np.isnan(cells[1:, 1:]).any()  # no cell looks at the first pixels
-
-
-def drawn(explained, **panel):
-    """What show() draws, as pixels."""
-    figure = Figure(figsize=(2, 2))
-    study.show(figure.subplots(), explained, **panel)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return np.asarray(Image.open(file))
-
-
-def test_a_heatmap_without_evidence_leaves_the_photo_bare_and_one_with_evidence_does_not():
-    photo = draw_flower("rose", np.random.default_rng(0), 139)[0]
-    explained = SimpleNamespace(photo=photo, pixels=photo)
-    np.testing.assert_array_equal(drawn(explained, heatmap=np.zeros((3, 3))), drawn(explained))
-    assert np.abs(drawn(explained, heatmap=np.ones((3, 3))).astype(int) - drawn(explained)).mean() > 10
-
-
-def test_the_title_says_what_the_heatmap_is_worth_or_that_it_is_empty(monkeypatch):
-    photo, heatmap = np.zeros((75, 75, 3), "uint8"), np.array([[0.0, 0.0], [0.0, 1.0]])
-    explained = SimpleNamespace(pixels=photo, heatmap=heatmap, target=1, target_name="rose")
-    masks = []
-
-    def counted(network, photo, given):
-        masks.extend(given)
-        return np.array([[0.1, 0.9], [0.6, 0.4], [0.3, 0.7]])
-
-    monkeypatch.setattr(study, "deletion", counted)
-    assert study.worth_of(None, explained) == "most marked fifth blurred: rose 0.90 → 0.40; centred fifth: → 0.70"
-    marked, centred = masks
-    assert marked.sum() == centred.sum() == 75 * 75 // 5
-    assert marked[74, 74] and not marked[:37].any() and centred[37, 37] and not centred[0].any()
-    explained.heatmap = np.zeros((2, 2))
-    assert "no evidence for rose" in study.worth_of(None, explained)
-
-
-def test_deleting_everything_leaves_the_blurred_photo_and_deleting_nothing_the_photo():
-    keras.utils.set_random_seed(1)
-    network = small_network()
-    photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype="uint8")
-    everything, nothing = np.ones((32, 32), bool), np.zeros((32, 32), bool)
-    as_it_is, without_all, without_nothing = study.deletion(network, photo, [everything, nothing])
-    blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), 32 / 12)
-    np.testing.assert_allclose(without_all, network(blurred[None])[0], atol=1e-5)
-    np.testing.assert_allclose(without_nothing, as_it_is, atol=1e-6)
-    assert np.abs(without_all - as_it_is).max() > 1e-3
-
-
-def test_the_most_marked_fifth_holds_the_highest_values():
-    heatmap = np.arange(100.0).reshape(10, 10)
-    assert study.most_marked(heatmap, 0.2).nonzero()[0].tolist() == [8] * 10 + [9] * 10
-
-
-def test_the_heatmap_of_a_trained_network_lies_on_the_flower(tmp_path):
+def test_the_heatmap_of_a_trained_model_lies_on_the_flower(tmp_path):
     keras.utils.set_random_seed(0)
     write_flowers(tmp_path / "train", CLASSES, 100, size=64)
-    photos = study.open_splits(tmp_path, ["train"], 64, 20, 0)["train"]
-    network = small_network(64, channels=16)
-    network.compile(keras.optimizers.Adam(3e-3), loss="categorical_crossentropy")
-    network.fit(photos, epochs=12, verbose=0)
+    photos, _ = study.open_split(tmp_path / "train", (64, 64), 20, generator=study.PhotoGenerator())
+    model = small_model(64, channels=16)
+    model.compile(keras.optimizers.Adam(3e-3), loss="categorical_crossentropy")
+    model.fit(photos, epochs=12, verbose=0)
+    field = study.receptive_fields(model)["maps_3"]
+    assert field.centre == (7, 7) and field.stride == (4, 4)  # 1 + 2 + 4 pixels
     hits, chance = [], []
     for label, name in enumerate(CLASSES):
         for k in range(20):
             photo, mask = draw_flower(name, np.random.default_rng([9, label, k]), 64)
-            heatmap = study.enlarge(study.grad_cam(network, photo, "maps_3", label), 64, 7, 4)  # at pixels 7, 11, …
-            hits.append(mask[np.unravel_index(heatmap.argmax(), mask.shape)])
+            heatmap = study.grad_cam(model, photo, "maps_3", label)
+            placed = study.place_heatmap(heatmap, field, (64, 64))
+            hits.append(mask[np.unravel_index(placed.argmax(), mask.shape)])
             chance.append(mask.mean())
     assert np.mean(hits) > np.mean(chance) + 0.25
 
 
-def test_tile_k_of_a_grid_holds_channel_k_and_the_last_row_is_filled_up():
-    activation = np.zeros((5, 5, 19), "float32")
-    for k in range(19):
-        activation[k % 5, (k // 5) % 5, k] = 1 + k
-    cells, _ = study.channel_cells(activation)
-    size = cells.shape[1]
-    sheet = study.tile(cells, columns=16)
-    assert sheet.shape == (2 * (size + 4), 16 * (size + 4), 3)
-    for k in range(19):
-        row, column = 2 + (size + 4) * (k // 16), 2 + (size + 4) * (k % 16)
-        brightness = sheet[row : row + size, column : column + size].sum(2)
-        brightest = np.argwhere(brightness == brightness.max()).mean(0) / size * 5  # the middle of the bright square
-        np.testing.assert_allclose(brightest, [k % 5 + 0.5, k // 5 % 5 + 0.5], atol=0.2)
-    assert (sheet[size + 4 :, 3 * (size + 4) :] == study.BACKGROUND).all()
+# ---- A heatmap on its photo ----------------------------------------------------------------------
 
 
-def test_a_dead_channel_is_marked_and_looks_unlike_one_that_fires_evenly():
-    activation = np.stack([np.zeros((6, 6)), np.full((6, 6), 0.3)], axis=-1).astype("float32")
-    cells, dead = study.channel_cells(activation)
-    assert dead.tolist() == [True, False]
-    assert np.ptp(cells[0].astype(int)) > 50  # crossed
-    assert np.ptp(cells[1].reshape(-1, 3).astype(int), axis=0).max() == 0 and cells[1].max() > 200  # evenly bright
+@pytest.mark.parametrize(("position", "pixel"), [((0, 0), 3), ((2, 2), 11)])
+def test_a_marker_in_the_corner_and_in_the_centre_is_placed_to_the_pixel(position, pixel):
+    heatmap = np.zeros((4, 4))
+    heatmap[position] = 1
+    field = study.ReceptiveField((3, 3), (4, 4), (7, 7))
+    placed = study.place_heatmap(heatmap, field, (19, 19))
+    assert placed[pixel, pixel] == 1
+    # Half-way to the next position, two pixels on, half of it is left; at the next one nothing.
+    np.testing.assert_allclose(placed[pixel, [pixel + 2, pixel + 4]], [0.5, 0], atol=1e-6)
+    assert placed[0, 0] == (position == (0, 0))  # beyond the outermost centre it stays the same
 
 
-def test_a_grid_for_each_layer_whose_title_counts_the_dead_channels(inception, monkeypatch, tmp_path):
-    network, _ = inception
-    titles, first = {}, study.in_creation_order(network, layers.Conv2D)[0]
-    monkeypatch.setattr(study, "save_sheet", lambda path, sheet, title: titles.update({path.name: title}))
-    before = first.get_weights()
-    first.set_weights([before[0] * (~np.isin(np.arange(32), [1, 3]))])
-    photo = np.random.default_rng(0).integers(0, 256, (75, 75, 3), dtype="uint8")
-    try:
-        study.draw_grids(tmp_path, network, SimpleNamespace(photo=photo, pixels=photo, name="a.jpg"))
-    finally:
-        first.set_weights(before)
-    assert set(titles) == {f"{kind}_{k}_grid.jpg" for kind in ("conv2d", "activation") for k in (1, 4, 9)}
-    title = titles["conv2d_1_grid.jpg"]
-    assert (
-        "2 did not fire" in title
-        and first.name in title
-        and "37 × 37 cells × 32 channels" in title
-        and "a.jpg" in title
+def test_each_position_is_drawn_as_a_stride_around_its_centre():
+    field = study.ReceptiveField((3, 5), (5, 6), (7, 7))
+    photo, pixels = np.zeros((42, 63, 3), "uint8"), np.zeros((21, 21, 3), "uint8")
+    heatmap = np.arange(6, dtype="float32").reshape(3, 2)
+    shown = explanation(photo, pixels=pixels)
+    below, drawn = drawn_images(study.Panel(shown, "", heatmap, field, positions=True))
+    # Rows: pixel 3 lies at 3.5, half a stride before it is 1, three on 16; the photo is twice as
+    # large. Columns: 5.5, 2.5 and 14.5, three times as large.
+    assert drawn.get_extent() == below.get_extent() == [7.5, 43.5, 32, 2]
+    np.testing.assert_array_equal(drawn.get_array(), heatmap)
+    assert drawn.axes.get_xlim() == (0, 63) and drawn.axes.get_ylim() == (42, 0)
+
+
+def drawn_images(panel):
+    """The arrays that a panel draws one over another, each of the photo's extent."""
+    axes = Figure().subplots()
+    study.draw_panel(axes, panel, study.Normalize(0, 1), "inferno")
+    return axes.images
+
+
+def test_an_overlay_is_hottest_where_the_position_looks_not_where_a_stretch_puts_it():
+    heatmap = np.zeros((4, 4), "float32")
+    heatmap[0, 3] = 1
+    field = study.ReceptiveField((10, 10), (2, 2), (21, 21))  # all look at the middle
+    shown = explanation(np.full((66, 33, 3), 90, "uint8"), pixels=np.zeros((33, 33, 3), "uint8"))
+    photo, overlay = drawn_images(study.Panel(shown, "", heatmap, field))
+    assert photo.get_extent() == overlay.get_extent() == [0, 33, 66, 0]
+    assert (np.asarray(photo.get_array()) == 90).all()
+    hottest = np.argwhere(np.asarray(overlay.get_array()) == 1)
+    # Row 10, beyond which it goes on upwards, and column 10 + 3 · 2, beyond which it does so right.
+    assert hottest[:, 0].max() == 10 and hottest[:, 1].min() == 16
+    assert overlay.get_alpha() == study.OVERLAY_OPACITY
+
+
+def test_the_colours_of_overlay_positions_and_bar_agree(tmp_path):
+    photo = np.full((40, 40, 3), 127, "uint8")
+    heatmap, field = (
+        np.full((2, 2), 0.7, "float32"),
+        study.ReceptiveField((10, 10), (20, 20), (1, 1)),
     )
-    assert "all channels fired" in titles["conv2d_4_grid.jpg"]
+    row = [
+        study.Panel(explanation(photo), "positions", heatmap, field, positions=True),
+        study.Panel(explanation(photo), "overlay", heatmap, field),
+    ]
+    study.save_panels(tmp_path / "a.png", [row], "title", "label", study.Normalize(0, 1))
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    height, width = picture.shape[:2]
+    at = [picture[height * 3 // 5, int(width * share)] for share in (3.1 / 14, 9.1 / 14)]
+    np.testing.assert_allclose(*at, atol=2)
+    bar = picture[:, int(width * 12.32 / 14)]
+    assert (np.abs(bar - at[0]).max(1) <= 3).any()
+
+
+# ---- What captions and titles say ----------------------------------------------------------------
+
+
+def test_the_verdict_names_classes_with_their_own_probabilities():
+    mistaken = explanation()
+    assert mistaken.verdict == "It says tulip, 69 %; it is a rose, 29 %"
+    assert mistaken.is_mistake and mistaken.contrast_name == "tulip"
+    correct = explanation(true_index=2, class_index=2)
+    assert correct.verdict == "It says tulip, 69 %, and is right" and not correct.is_mistake
+    unknown = explanation(true_index=None, class_index=2)
+    assert unknown.verdict == "It says tulip, 69 %; rose, 29 %" and not unknown.is_mistake
+
+
+def test_a_photo_of_unknown_class_is_explained_for_the_predicted_one(tmp_path):
+    photo = np.zeros((2, 2, 3), "uint8")
+    photo[0, 0] = (0, 200, 0)
+    Image.fromarray(photo).save(tmp_path / "green.png")
+    model = two_channel_model(RED_OR_GREEN)
+    found = study.explain(model, tmp_path / "green.png", "green.png", ["red", "green"])
+    assert (found.class_name, found.contrast_name, found.true_index) == ("green", "red", None)
+    np.testing.assert_allclose(found.heatmap, [[200, 0], [0, 0]], atol=1e-3)
+    known = study.explain(model, tmp_path / "green.png", "green.png", ["red", "green"], 0)
+    assert known.class_name == "red" and known.is_mistake and not known.heatmap.any()
+
+
+def test_the_caption_tells_hottest_from_central_and_whether_the_heatmap_beats_a_guess(monkeypatch):
+    photo = np.zeros((40, 40, 3), "uint8")
+    hot_corner = np.zeros((40, 40), "float32")
+    hot_corner[:16, :20] = 1  # a fifth of all pixels
+    marked = explanation(photo, heatmap=hot_corner)
+    model = small_model(40)
+    monkeypatch.setattr(study, "heatmap_layer", lambda model: "rescaling")
+    monkeypatch.setattr(
+        study,
+        "receptive_fields",
+        lambda model: {"rescaling": study.ReceptiveField((0, 0), (1, 1), (1, 1))},
+    )
+
+    def without(model, photo, masks):
+        """A class that hangs on the corner: 0.1 without it, 0.2 without the middle, or 0.29."""
+        p = [0.1 if mask[:16, :20].all() else 0.2 if mask[20, 20] else 0.29 for mask in masks]
+        assert [mask.sum() for mask in masks] == [320] * len(masks)
+        return np.array([[0, value, 1 - value] for value in p])
+
+    monkeypatch.setattr(study, "deletion_scores", without)
+    assert study.deletion_caption(model, marked) == (
+        "Without the hottest fifth: P(rose) 0.29 → 0.10; without a central fifth: 0.20. "
+        "Better than a guess here."
+    )
+    wrong = replace(marked, heatmap=hot_corner[::-1, ::-1].copy())
+    assert "0.29 → 0.29; without a central fifth: 0.20. No better" in study.deletion_caption(
+        model, wrong
+    )
+    empty = replace(marked, heatmap=np.zeros((2, 2), "float32"))
+    assert study.deletion_caption(model, empty) == "Nothing speaks for rose: the heatmap is empty."
+
+
+def test_deleting_everything_leaves_the_blurred_photo_and_deleting_nothing_the_photo():
+    keras.utils.set_random_seed(1)
+    model = small_model()
+    photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype="uint8")
+    everything, nothing = np.ones((32, 32), bool), np.zeros((32, 32), bool)
+    without_all, without_nothing = study.deletion_scores(model, photo, [everything, nothing])
+    blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), 32 / 12)
+    np.testing.assert_allclose(without_all, model(blurred[None])[0], atol=1e-5)
+    as_it_is = model(photo[None].astype("float32"))[0]
+    np.testing.assert_allclose(without_nothing, as_it_is, atol=1e-6)
+    assert np.abs(without_all - as_it_is).max() > 1e-3
+
+
+def test_the_hottest_fifth_holds_the_highest_values():
+    heatmap = np.arange(100.0).reshape(10, 10)
+    assert study.top_fraction(heatmap, 0.2).nonzero()[0].tolist() == [8] * 10 + [9] * 10
+
+
+def test_each_heatmap_is_titled_with_the_class_that_it_explains(panels, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "save_values", lambda *_: None)
+    model = two_channel_model(RED_OR_GREEN)
+    named = {"class_names": ["red", "green"], "probabilities": np.array([0.3, 0.7])}
+    shown = explanation(true_index=0, class_index=0, heatmap=RED.astype("float32"), **named)
+    captions = [picture.caption for picture in study.draw_heatmaps(tmp_path, model, [shown])]
+    ((file, [[photo, positions, overlay]], title, norm),) = panels
+    assert file == "CAM_1.jpeg" and "It says green, 70 %; it is a red, 30 %" in title
+    assert "P(red)" in title and photo.heatmap is None and norm.vmax == 8
+    assert "for red" in positions.title and "for red" in overlay.title
+    assert "for red" in captions[1]
+    np.testing.assert_array_equal(overlay.heatmap, RED)
+
+
+def test_what_misled_the_model_is_the_class_that_it_says_minus_the_true_one(panels, tmp_path):
+    named = {"class_names": ["red", "green"], "probabilities": np.array([0.3, 0.7])}
+    mistaken = explanation(true_index=0, class_index=0, **named)
+    correct = explanation(true_index=1, class_index=1, **named)
+    model = two_channel_model(RED_OR_GREEN)
+    list(study.draw_mistakes(tmp_path, model, [correct, mistaken]))
+    ((_, [[photo, *compared]], title, norm),) = panels
+    assert photo.explanation is mistaken and title.startswith("What misled the model (its only")
+    by_title = {panel.title.replace("\n", " "): panel.heatmap for panel in compared}
+    assert list(by_title) == ["for green", "for red", "green minus red"]
+    for name, expected in zip(by_title, (GREEN, RED, GREEN - RED), strict=True):
+        np.testing.assert_allclose(by_title[name], expected, atol=1e-5)
+    assert norm(0) == 0.5 and norm.vmax == pytest.approx(8)
+    list(study.draw_mistakes(tmp_path, model, [correct]))
+    assert panels[1][2].startswith("What it nearly took for something else")
+
+
+def test_each_block_is_drawn_where_its_own_positions_look(panels, tmp_path):
+    model = small_model(64)
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype="uint8")
+    shown = explanation(photo, class_names=CLASSES)
+    list(study.draw_blocks(tmp_path, model, shown))
+    ((_, rows, _, _),) = panels
+    blocks = [panel for row in rows for panel in row][1:]
+    looks = {
+        panel.title.split(",")[0]: (panel.field.centre, panel.field.stride) for panel in blocks
+    }
+    # Unpadded 3 × 3 windows of strides 2, 2, 1: first centres 1, 1 + 2 and 3 + 4.
+    assert looks == {
+        "maps_1": ((1, 1), (2, 2)),
+        "maps_2": ((3, 3), (4, 4)),
+        "maps_3": ((7, 7), (4, 4)),
+    }
+    for panel in blocks:
+        own = study.grad_cam(model, photo, panel.title.split(",")[0], 1)
+        np.testing.assert_allclose(panel.heatmap, own / (own.max() or 1), atol=1e-6)
+
+
+# ---- Grids ---------------------------------------------------------------------------------------
+
+
+def test_tile_k_of_a_grid_holds_channel_k_and_the_last_row_is_filled_up():
+    photo = keras.Input((5, 5, 3))
+    maps = layers.Conv2D(19, 5, padding="same", use_bias=False, name="maps")(photo)
+    model = keras.Model(photo, layers.Dense(2, activation="softmax")(layers.Flatten()(maps)))
+    kernel = np.zeros((5, 5, 3, 19), "float32")
+    for k in range(19):  # moves the bright middle pixel to row k % 5, column k // 5
+        kernel[4 - k % 5, 4 - k // 5 % 5, 0, k] = 1
+    model.get_layer("maps").set_weights([kernel])
+    bright = np.zeros((5, 5, 3), "uint8")
+    bright[2, 2] = 200
+    sheet = study.activation_grid(model, bright, "maps")
+    side = 96 + 4
+    assert sheet.shape == (2 * side, 16 * side, 3)
+    for k in range(19):
+        row, column = 2 + side * (k // 16), 2 + side * (k % 16)
+        brightness = sheet[row : row + 96, column : column + 96].astype(int).sum(2)
+        brightest = np.argwhere(brightness == brightness.max()).mean(0) / 96 * 5
+        np.testing.assert_allclose(brightest, [k % 5 + 0.5, k // 5 % 5 + 0.5], atol=0.2)
+    assert (sheet[side:, 3 * side :] == study.BACKGROUND).all()
+
+
+def test_a_channel_that_is_0_is_crossed_and_one_that_fires_evenly_is_bright():
+    zero_and_even = np.stack([np.zeros((6, 6)), np.full((6, 6), 0.3)], axis=-1)
+    zero, even = study.channel_tiles(zero_and_even.astype("float32"))
+    assert np.ptp(zero.astype(int)) > 50
+    assert np.ptp(even.reshape(-1, 3).astype(int), axis=0).max() == 0 and even.max() > 200
+
+
+def test_negative_activations_are_blue_and_positive_ones_red_to_yellow():
+    channel = np.array([[-1.0, 0.0, 1.0]], "float32")[..., None]
+    (tile,) = study.channel_tiles(channel)
+    negative, zero, positive = tile[48, [16, 48, 80]].astype(int)
+    assert negative[2] > 200 > 170 > negative[0] and zero.max() < 10
+    assert positive[0] > 200 > 100 > positive[2]
+
+
+def test_a_grid_for_each_layer_whose_title_counts_the_zero_channels(monkeypatch, tmp_path):
+    titles = {}
+    monkeypatch.setattr(
+        study, "save_sheet", lambda path, sheet, title: titles.update({path.name: title})
+    )
+    photo = keras.Input((20, 20, 3))
+    maps = layers.Conv2D(6, 3, name="maps")(photo)
+    fired = layers.ReLU(name="fired")(maps)
+    fused = layers.Conv2D(4, 1, activation="relu", bias_initializer="ones", name="fused")(fired)
+    means = layers.GlobalAveragePooling2D()(fused)
+    model = keras.Model(photo, layers.Dense(3, activation="softmax")(means))
+    kernel, bias = model.get_layer("maps").get_weights()
+    model.get_layer("maps").set_weights([kernel * (~np.isin(np.arange(6), [1, 3])), bias])
+    shown = explanation(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype="uint8"))
+    list(study.draw_grids(tmp_path, model, shown))
+    assert set(titles) == {"conv2d_1_grid.jpg", "activation_1_grid.jpg", "conv2d_2_grid.jpg"}
+    title = titles["conv2d_1_grid.jpg"]
+    assert title.startswith("convolution 1 of 2 (layer maps) for rose/a.jpg: 6 channels of 18 × 18")
+    assert "2 channels are 0 everywhere" in title and "blue negative" in title
+    assert "fired" in titles["activation_1_grid.jpg"]
+    assert "blue" not in titles["activation_1_grid.jpg"]
 
 
 def test_one_hot_pixel_does_not_darken_the_rest_of_its_channel():
     channel = np.full((40, 40, 1), 1.0, "float32")
-    calm = study.channel_cells(channel.copy())[0]
+    calm = study.channel_tiles(channel)
     channel[7, 7] = 1000
-    hot = study.channel_cells(channel)[0]
-    np.testing.assert_array_equal(hot[0, 20], calm[0, 20])
+    np.testing.assert_array_equal(study.channel_tiles(channel)[0, 20], calm[0, 20])
 
 
 @pytest.mark.parametrize("channels", [192, 2048])
-def test_cells_of_a_grid_never_shrink_below_24_pixels(channels):
-    cells, _ = study.channel_cells(np.ones((3, 3, channels), "float32"))
-    assert cells.shape[0] == channels and cells.shape[1] == cells.shape[2] >= 24
+def test_tiles_of_a_grid_never_shrink_below_24_pixels(channels):
+    tiles = study.channel_tiles(np.ones((3, 3, channels), "float32"))
+    assert tiles.shape[0] == channels and tiles.shape[1] == tiles.shape[2] >= 24
 
 
-def test_a_sheet_is_saved_pixel_for_pixel_whatever_its_title(tmp_path):
+# ---- Figures -------------------------------------------------------------------------------------
+
+
+def test_a_sheet_is_saved_pixel_for_pixel_whatever_its_title_and_settings(tmp_path):
     sheet = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype="uint8")
-    with matplotlib.style.context(study.STYLE):
-        title = "A title that is a good deal longer than the sheet is wide\nand names $\\no_such{$.jpg"
+    title = "A title that is a good deal longer than the sheet is wide\nand names $\\no_such{$.jpg"
+    with matplotlib.rc_context({"image.origin": "lower", "savefig.transparent": True}):
         study.save_sheet(tmp_path / "sheet.png", sheet, title)
     saved = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
-    rows, columns, _ = saved.shape
-    places = [(y, x) for y in range(rows - 89) for x in range(columns - 129) if (saved[y, x] == sheet[0, 0]).all()]
+    places = np.argwhere((saved[:-89, :-129] == sheet[0, 0]).all(2))
     assert any((saved[y : y + 90, x : x + 130] == sheet).all() for y, x in places)
 
 
-def test_the_kth_relu_follows_the_kth_convolution_after_a_second_network_was_built(inception):
-    second = study.build_network(2, 75, "none")
-    convolutions = study.in_creation_order(second, layers.Conv2D)
-    relus = study.in_creation_order(second, layers.Activation)
-    assert [layer.filters for layer in convolutions[:5]] == [32, 32, 64, 80, 192]  # Szegedy et al. (2015), table 1
-    for convolution, relu in zip(convolutions, relus, strict=True):
-        normalization = relu.input._keras_history.operation
-        assert normalization.input._keras_history.operation is convolution
-
-
-def test_a_rotated_photo_is_explained_upright_and_at_its_own_resolution(inception, tmp_path):
-    network, _ = inception
+def test_a_rotated_photo_is_explained_upright_and_at_its_own_resolution(tmp_path):
+    model = small_model(75)
     photo = np.zeros((120, 200, 3), "uint8")
     photo[:, :100] = (200, 30, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    explained = study.explain_photo(network, tmp_path / "turned.jpg", "turned.jpg", CLASSES)
-    assert explained.photo.shape == (200, 120, 3)
-    assert explained.photo[50, 60, 0] > 150 > explained.photo[150, 60, 0]
-    assert explained.pixels[20, 37, 0] > 150 > explained.pixels[60, 37, 0]
-    assert explained.verdict.startswith(f"predicted {explained.target_name}") and "true" not in explained.verdict
-    study.draw_heatmaps(tmp_path, network, [explained])
-    height, width = Image.open(tmp_path / "CAM_1.jpeg").size[::-1]
-    assert width >= 3 * 120 and height >= 200
+    found = study.explain(model, tmp_path / "turned.jpg", "turned.jpg", CLASSES)
+    assert found.photo.shape == (200, 120, 3)
+    assert found.photo[50, 60, 0] > 150 > found.photo[150, 60, 0]
+    assert found.pixels[20, 37, 0] > 150 > found.pixels[60, 37, 0]
 
 
-def test_a_mistake_is_explained_for_the_true_class_and_compared_with_the_predicted_one(inception, tmp_path):
-    network, _ = inception
-    Image.fromarray(np.full((80, 80, 3), 120, "uint8")).save(tmp_path / "grey.png")
-    predicted = study.explain_photo(network, tmp_path / "grey.png", "grey.png", CLASSES).target
-    true = (predicted + 1) % 3
-    explained = study.explain_photo(network, tmp_path / "grey.png", "grey.png", CLASSES, true=true)
-    assert (explained.target, explained.rival) == (true, predicted)
-    assert f"predicted {CLASSES[predicted]}" in explained.verdict and f"true {CLASSES[true]}" in explained.verdict
+LONG = "a_class_name_that_somebody_made_by_joining_far_too_many_words_with_underscores"
 
 
-def test_no_title_runs_into_the_panel_beside_it(inception, monkeypatch, tmp_path):
-    network, _ = inception
-    Image.fromarray(np.full((80, 80, 3), 120, "uint8")).save(tmp_path / "grey.png")
-    names = ["dandelion", "sunflower", "tulip"]  # the longest come first
-    probabilities = np.array([0.88, 0.03, 0.09])
-    mistake = study.explain_photo(network, tmp_path / "grey.png", "grey.png", names, 1, probabilities)
+SHORT = ["dandelion", "sunflower", "WWWWWWWW MMMMMMMM"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shape"),
+    [(SHORT, (80, 60)), ([LONG] * 3, (300, 4)), ([LONG] * 3, (4, 300)), (SHORT, (1, 1))],
+)
+def test_no_text_runs_into_the_panel_beside_it_or_off_the_figure(
+    names, shape, monkeypatch, tmp_path
+):
     figures = []
-    monkeypatch.setattr(study, "save_figure", lambda path, figure, dpi: figures.append(figure))
-    study.draw_layers(tmp_path, network, mistake)
-    study.draw_mistakes(tmp_path, network, [mistake])
-    for figure in figures:
+    monkeypatch.setattr(study, "save_figure", lambda path, figure, *_, **__: figures.append(figure))
+    pixels = np.full((32, 32, 3), 120, "uint8")
+    shown = explanation(
+        np.full((*shape, 3), 120, "uint8"),
+        pixels=pixels,
+        class_names=names,
+        name=f"{LONG} {LONG}/{LONG}.jpg",
+        heatmap=np.ones((5, 5), "float32"),
+    )
+    model = small_model()
+    list(study.draw_blocks(tmp_path, model, shown))
+    list(study.draw_mistakes(tmp_path, model, [shown, shown]))
+    list(study.draw_heatmaps(tmp_path, model, [shown]))
+    for figure in figures[:3]:  # those of panels; the others are cut to what they hold
         figure.draw_without_rendering()
-        for axes in figure.axes[:-1]:  # the last is the colour scale
-            title = next(text for text in axes.findobj(Text) if text.get_text() == axes.get_title(loc="left"))
-            assert title.get_window_extent().x1 <= axes.bbox.x1
+        box = figure.get_tightbbox()
+        assert (np.round(box.min, 2) >= 0).all() and (box.max <= figure.get_size_inches()).all()
+        for axes in figure.axes[:-1]:  # the last is the colour bar
+            title = axes.get_title(loc="left")
+            text = next(text for text in axes.findobj(Text) if text.get_text() == title)
+            end = axes.get_position(original=True).x1 * figure.bbox.width
+            assert text.get_window_extent().x1 <= end
+
+
+def test_a_confusion_matrix_of_200_classes_is_drawn_within_a_few_thousand_pixels(tmp_path):
+    labels = np.arange(400) % 200
+    names = [f"species {k:03}" for k in range(200)]
+    probabilities = np.eye(200)[np.roll(labels, 1)]
+    study.save_confusion_matrix(
+        tmp_path / "matrix.png", study.Evaluation(names, labels, probabilities)
+    )
+    assert 1500 < max(Image.open(tmp_path / "matrix.png").size) < 6000
+
+
+def test_the_row_of_a_confusion_matrix_is_the_true_class(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(study, "save_figure", lambda path, figure, *_: figures.append(figure))
+    evaluation = study.Evaluation(
+        ["rose", "tulip"], np.array([0, 0, 0, 1]), np.eye(2)[[0, 1, 1, 1]]
+    )
+    study.save_confusion_matrix(tmp_path / "matrix.png", evaluation)
+    (axes,) = figures[0].axes
+    numbers = {text.get_position(): text.get_text() for text in axes.texts}
+    assert numbers == {(0, 0): "1", (1, 0): "2", (0, 1): "0", (1, 1): "1"}  # column, row
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_all_is_drawn_for_any_model_from_paths_and_labels_or_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "PATTERN_SIZE", 32)
+    monkeypatch.setattr(study, "PATTERN_STEPS", 1)
+    photos = sorted(write_flowers(tmp_path / "test", CLASSES, 2))
+    model = small_model()
+    study.draw(model, photos, CLASSES, tmp_path / "with", [0, 0, 1, 1, 2, 2])
+    study.draw(model, photos[:1], CLASSES, tmp_path / "without")
+    with_truth, without = ({p.name for p in (tmp_path / n).iterdir()} for n in ("with", "without"))
+    needs_truth = {"confusion_matrix.png", "CAM_mistakes.jpg"}
+    assert needs_truth <= with_truth and not needs_truth & without
+    always = {
+        "conv2d_1_grid.jpg",
+        "conv2d_3_filters.jpg",
+        "CAM_1.jpeg",
+        "CAM_layers.jpg",
+        "strip.jpg",
+    }
+    assert always | {"index.html"} <= with_truth & without

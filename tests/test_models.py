@@ -1,0 +1,338 @@
+"""Any convolutional classifier: what is read off its graph, compared with what it computes."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import small_model
+from keras import layers
+
+import model_training_and_visualization as study
+from create_train_val_test import Stop
+
+
+def headed(*head, size=(16, 16, 3)):
+    """A model of one convolution, and the layers given after its mean."""
+    photo = keras.Input(size)
+    maps = layers.Conv2D(4, 3, strides=2, activation="relu", name="maps")(photo / 255)
+    output = layers.GlobalAveragePooling2D()(maps)
+    for layer in head:
+        output = layer(output)
+    return keras.Model(photo, output)
+
+
+def photos(*size):
+    return np.random.default_rng(0).uniform(0, 255, (2, *(size or (16, 16)), 3)).astype("float32")
+
+
+def probabilities(model, batch):
+    return study.classifier(model)(batch, training=False).numpy()
+
+
+# ---- Where the positions of a layer look ---------------------------------------------------------
+
+
+def with_centred_weights(model):
+    """The model's copy in which each convolution passes on its middle pixel; for max, the mean."""
+    model = keras.models.model_from_json(
+        model.to_json().replace("MaxPooling2D", "AveragePooling2D")
+    )
+    for layer in model.layers:
+        if isinstance(layer, layers.Conv2D | layers.DepthwiseConv2D):
+            kernel, *biases = layer.get_weights()
+            centred = np.zeros_like(kernel)
+            if "_se_" not in layer.name:  # these look at the whole photo
+                channels = 1 if isinstance(layer, layers.DepthwiseConv2D) else kernel.shape[2]
+                centred[kernel.shape[0] // 2, kernel.shape[1] // 2] = 1 / channels
+            layer.set_weights([centred, *biases])
+    return model
+
+
+def centre_of_gradient(model, layer_name, position):
+    """The centre (row, column) of the pixels that the activation at a position depends on."""
+    extractor = study.feature_extractor(model, (layer_name,))
+    photo = tf.fill((1, *study.input_size(model), 3), 0.001)  # too little to saturate a ReLU6
+    with tf.GradientTape() as tape:
+        tape.watch(photo)
+        (activation,) = tf.nest.flatten(extractor(photo, training=False))
+        activation = tf.reduce_sum(activation[(0, *position)])
+    gradient = np.abs(tape.gradient(activation, photo)[0]).sum(2)
+    return [
+        float(np.average(np.arange(len(it)), weights=it))
+        for it in (gradient.sum(1), gradient.sum(0))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [
+        ("VGG16", (97, 129)),
+        ("ResNet50", (97, 128)),
+        ("EfficientNetB0", (96, 129)),
+        ("InceptionV3", (139, 150)),
+    ],
+)
+def test_a_heatmap_lies_where_the_gradient_says_that_its_positions_look(architecture, size):
+    build = getattr(keras.applications, architecture)
+    base = build(weights=None, include_top=False, input_shape=(*size, 3))
+    output = layers.Dense(2, activation="softmax")(layers.GlobalAveragePooling2D()(base.output))
+    model = with_centred_weights(keras.Model(base.input, output))
+    blocks, outputs = study.block_layers(model), study.layer_outputs(model)
+    for name in dict.fromkeys([blocks[0], blocks[len(blocks) // 2], study.heatmap_layer(model)]):
+        heatmap = np.zeros(outputs[name].shape[1:3], "float32")
+        position = (heatmap.shape[0] // 2, heatmap.shape[1] // 2)
+        heatmap[position] = 1
+        measured = centre_of_gradient(model, name, position)
+        field = study.receptive_fields(model)[name]
+        np.testing.assert_allclose(
+            np.add(field.centre, np.multiply(position, field.stride)), measured, atol=0.01
+        )
+        placed = study.place_heatmap(heatmap, field, size)
+        peak = np.average(np.argwhere(placed == placed.max()), axis=0)
+        np.testing.assert_allclose(peak, measured, atol=0.51, err_msg=name)
+
+
+def test_the_blocks_of_inceptionv3_look_where_its_unpadded_strides_lead(inception):
+    model, _ = inception
+    fields = study.receptive_fields(model)
+    # The stem's unpadded 3 × 3 windows (strides 2, 1, 2, 1, 2) shift the first centre by
+    # 1 + 2 + 2 + 4 + 4 pixels; each of the two reductions shifts it by one position more.
+    looks = [(13, 8)] * 3 + [(21, 16)] * 5 + [(37, 32)] * 3
+    for name, (centre, stride) in zip(study.BLOCKS, looks, strict=True):
+        assert fields[name].centre == (centre, centre) and fields[name].stride == (stride, stride)
+
+
+def test_a_receptive_field_is_as_large_as_the_pixels_that_change_the_activation():
+    photo = keras.Input((61, 61, 3))
+    x = layers.Conv2D(2, (5, 3), strides=2, kernel_initializer="ones")(photo)
+    x = layers.AveragePooling2D(2)(x)
+    x = layers.ZeroPadding2D(((1, 0), (2, 0)))(x)
+    x = layers.Conv2D(2, 3, dilation_rate=2, kernel_initializer="ones", name="dilated")(x)
+    y = layers.Conv2D(2, (1, 5), padding="same", kernel_initializer="ones")(x)
+    x = layers.Add(name="merged")([x, y])
+    model = keras.Model(
+        photo, layers.Dense(2, activation="softmax")(layers.GlobalMaxPooling2D()(x))
+    )
+    # Rows: 5, then + 1 · 2, + 4 · 4; columns: 3, then + 1 · 2, + 4 · 4, and in the branch + 4 · 4.
+    fields = study.receptive_fields(model)
+    assert fields["dilated"].size == (23, 21) and fields["merged"].size == (23, 37)
+    assert fields["merged"].stride == (4, 4)
+    extractor = study.feature_extractor(model, ("merged",))
+    image = tf.fill((1, 61, 61, 3), 100.0)
+    with tf.GradientTape() as tape:
+        tape.watch(image)
+        activation = tf.reduce_sum(tf.nest.flatten(extractor(image))[0][0, 5, 5])
+    seen = np.argwhere(np.abs(tape.gradient(activation, image)[0]).sum(2) > 0)
+    np.testing.assert_array_equal(np.ptp(seen, axis=0) + 1, (23, 37))
+    middle = np.add(fields["merged"].centre, 5 * 4)
+    np.testing.assert_allclose(middle, (seen.min(0) + seen.max(0)) / 2)
+
+
+@pytest.mark.parametrize(("size", "centre"), [(10, 1), (11, 0)])
+def test_same_padding_is_counted_at_the_actual_size_of_the_layer(size, centre):
+    photo = keras.Input((size, size, 3))
+    maps = layers.Conv2D(2, 3, strides=2, padding="same", name="maps")(photo)
+    means = layers.GlobalAveragePooling2D()(maps)
+    model = with_centred_weights(keras.Model(photo, layers.Dense(2, activation="softmax")(means)))
+    # An even side lacks one pixel, which TensorFlow adds at its end; an odd one lacks one at each.
+    assert study.receptive_fields(model)["maps"].centre == (centre, centre)
+    assert centre_of_gradient(model, "maps", (1, 1)) == [centre + 2, centre + 2]
+
+
+def test_a_centre_crop_moves_the_positions_and_a_resizing_stretches_them():
+    photo = keras.Input((40, 60, 3))
+    cropped = layers.CenterCrop(20, 20, name="cropped")(photo)
+    resized = layers.Resizing(10, 10, name="resized")(cropped)
+    maps = layers.Conv2D(2, 1)(resized)
+    model = keras.Model(photo, layers.Dense(2, activation="softmax")(layers.Flatten()(maps)))
+    fields = study.receptive_fields(model)
+    assert fields["cropped"].centre == (10, 20)
+    assert fields["resized"].centre == (10.5, 20.5) and fields["resized"].stride == (2, 2)
+
+
+# ---- Which layers --------------------------------------------------------------------------------
+
+
+def test_convolutions_come_in_the_order_of_the_graph_after_a_second_model_was_built(inception):
+    second = study.build_model(2, 75, "none")
+    found = study.convolutions(second)
+    assert len(found) == 94 and found[39].number == 40
+    assert [it.channels for it in found[:5]] == [32, 32, 64, 80, 192]  # Szegedy et al., table 1
+    for it in found:
+        normalization = second.get_layer(it.activation).input._keras_history.operation
+        assert normalization.input._keras_history.operation.name == it.layer
+
+
+def residual_model():
+    """Two blocks of a residual network; the first convolution to be created comes last."""
+    late = layers.Conv2D(6, 3, padding="same", name="late")
+    photo = keras.Input((32, 32, 3))
+    x = layers.Conv2D(4, 3, strides=2, padding="same", name="stem")(photo)
+    x = layers.ReLU(name="stem_relu")(layers.BatchNormalization()(x))
+    y = layers.Conv2D(4, 3, padding="same", name="inner")(x)
+    y = layers.ReLU(name="inner_relu")(y)
+    y = layers.Conv2D(4, 1, name="outer")(y)
+    x = layers.Add(name="block_1")([layers.BatchNormalization(name="outer_bn")(y), x])
+    x = layers.Concatenate(name="block_2")([late(layers.ReLU(name="block_1_relu")(x)), x])
+    means = layers.GlobalAveragePooling2D()(layers.Dropout(0.1, name="last")(x))
+    return keras.Model(photo, layers.Dense(3, activation="softmax")(means))
+
+
+def test_the_activation_of_a_convolution_is_what_consumes_it_and_blocks_end_in_merges():
+    model = residual_model()
+    found = study.convolutions(model)
+    assert [it.layer for it in found] == ["stem", "inner", "outer", "late"]
+    assert [it.activation for it in found] == ["stem_relu", "inner_relu", "outer_bn", "late"]
+    assert study.block_layers(model) == ["block_1", "block_2"]
+    assert study.heatmap_layer(model) == "last"
+    assert str(found[2]) == "convolution 3 of 4 (layer outer)"
+
+
+def test_a_smaller_model_shows_the_nearest_convolutions_that_it_has():
+    assert [it.number for it in study.choose_convolutions(residual_model(), (1, 4, 9))] == [1, 4]
+    assert [it.number for it in study.choose_convolutions(small_model(), (3, 8, 40))] == [3]
+
+
+def test_without_merges_the_last_layer_of_each_resolution_ends_a_block():
+    photo = keras.Input((32, 32, 3))
+    x = layers.Rescaling(1 / 255)(photo)
+    for size in (32, 16):
+        x = layers.Conv2D(2, 3, padding="same", name=f"first_{size}")(x)
+        x = layers.Conv2D(2, 3, padding="same", name=f"second_{size}")(x)
+        x = layers.MaxPooling2D(name=f"pooled_{size}")(x)
+    model = keras.Model(photo, layers.Dense(2, activation="softmax")(layers.Flatten()(x)))
+    assert study.block_layers(model) == ["second_32", "second_16", "pooled_16"]
+    assert study.block_layers(model, most=2) == ["second_32", "pooled_16"]
+
+
+def test_the_heatmap_layer_has_more_than_one_position_and_lies_in_no_branch(inception):
+    model, _ = inception  # at 75 pixels the last three blocks have one position
+    assert study.heatmap_layer(model) == "mixed7"
+
+
+# ---- Heads, nested models, precision -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: [layers.Dense(3, activation="softmax")],
+        lambda: [layers.Dense(3), layers.Softmax()],
+        lambda: [layers.Dense(3, use_bias=False), layers.Activation("softmax")],
+    ],
+)
+def test_a_softmax_as_activation_or_layer_gives_the_models_own_probabilities(head):
+    model = headed(*head())
+    np.testing.assert_allclose(probabilities(model, photos()), model(photos()), atol=1e-6)
+
+
+def test_logits_get_a_softmax_and_a_sigmoid_gets_its_second_class():
+    logits = headed(layers.Dense(3))
+    raw = np.exp(logits(photos()).numpy())
+    expected = raw / raw.sum(1, keepdims=True)
+    np.testing.assert_allclose(probabilities(logits, photos()), expected, atol=1e-6)
+    for head in (
+        [layers.Dense(1, activation="sigmoid")],
+        [layers.Dense(1), layers.Activation("sigmoid")],
+    ):
+        model = headed(*head)
+        p = model(photos()).numpy()
+        np.testing.assert_allclose(probabilities(model, photos()), np.hstack([1 - p, p]), atol=1e-6)
+
+
+def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():
+    flat = residual_model()
+    base = keras.Model(flat.input, flat.get_layer("last").output)
+    augmentation = keras.Sequential([layers.RandomFlip(), layers.RandomRotation(0.3)])
+    inner = keras.Sequential([keras.Input((32, 32, 3)), augmentation, base])
+    photo = keras.Input((32, 32, 3))
+    means = layers.GlobalAveragePooling2D()(inner(photo, training=False))
+    nested = keras.Model(photo, keras.Sequential([flat.layers[-1]])(means))
+    image = photos(32, 32)[0]
+    for index in range(3):
+        ours, expected = (study.grad_cam(it, image, "block_2", index) for it in (nested, flat))
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert study.receptive_fields(nested)["block_2"] == study.receptive_fields(flat)["block_2"]
+    assert study.convolutions(nested) == study.convolutions(flat)
+
+
+def test_layers_of_one_name_in_a_model_and_its_base_are_told_apart():
+    inner_photo = keras.Input((16, 16, 3))
+    x = layers.Conv2D(2, 3, name="conv2d")(layers.Rescaling(1 / 255, name="add")(inner_photo))
+    base = keras.Model(inner_photo, x, name="base")
+    photo = keras.Input((16, 16, 3))
+    x = layers.Conv2D(5, 3, name="conv2d")(base(layers.Rescaling(1.0, name="add")(photo)))
+    head = layers.Dense(3, activation="softmax", name="matmul")
+    model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(x)))
+    np.testing.assert_allclose(probabilities(model, photos()), model(photos()), atol=1e-6)
+    first, second = study.convolutions(model)
+    assert first.layer != second.layer and (first.channels, second.channels) == (2, 5)
+    assert study.activation_grid(model, photos()[0], second.layer).ndim == 3
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
+def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = small_model()
+    keras.config.set_dtype_policy(policy)
+    try:
+        half = small_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    half.set_weights(model.get_weights())
+    half.save(tmp_path / "half.keras")
+    loaded = study.load_model(tmp_path / "half.keras", 299)
+    assert all(layer.compute_dtype == "float32" for layer in loaded.layers)
+    assert all(weight.dtype == "float32" for weight in loaded.weights)
+    ours = probabilities(loaded, photos(32, 32))
+    np.testing.assert_allclose(ours, model(photos(32, 32)), atol=0.01)
+
+
+# ---- What is refused, and what is warned of ------------------------------------------------------
+
+
+def two_inputs():
+    one, other = keras.Input((16, 16, 3)), keras.Input((16, 16, 3))
+    return keras.Model([one, other], layers.Dense(2)(layers.Flatten()(layers.Add()([one, other]))))
+
+
+@pytest.mark.parametrize(
+    ("build", "lacking"),
+    [
+        (lambda: headed(layers.Dense(3, activation="softmax"), size=(16, 16, 1)), "RGB"),
+        (lambda: headed(layers.Dense(3, activation="relu")), "softmax"),
+        (lambda: headed(layers.Dense(3, activation="sigmoid")), "single sigmoid"),
+        (two_inputs, "one input"),
+        (
+            lambda: keras.Sequential(
+                [keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(2, activation="softmax")]
+            ),
+            "convolutions",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_drawn_is_refused_naming_what_it_lacks(build, lacking, tmp_path):
+    build().save(tmp_path / "odd.keras")
+    with pytest.raises(Stop, match=lacking) as stop:
+        study.load_model(tmp_path / "odd.keras", 32)
+    assert "odd.keras" in str(stop.value) and stop.value.exit_code == 2
+
+
+def test_an_input_of_open_size_becomes_as_large_as_asked(tmp_path):
+    headed(layers.Dense(2, activation="softmax"), size=(None, None, 3)).save(
+        tmp_path / "open.keras"
+    )
+    model = study.load_model(tmp_path / "open.keras", 96)
+    assert study.input_size(model) == (96, 96)
+    assert study.grad_cam(model, photos()[0], "maps", 0).shape == (47, 47)
+
+
+def test_a_model_that_does_not_tell_black_from_white_is_warned_of(capsys):
+    for bias, warned in ((40.0, True), (0.0, False)):
+        photo = keras.Input((16, 16, 3))
+        saturating = layers.Conv2D(2, 3, activation="sigmoid", name="saturating")
+        means = layers.GlobalAveragePooling2D()(saturating(layers.Rescaling(1 / 255)(photo)))
+        saturating.bias.assign([bias, bias])
+        model = keras.Model(photo, layers.Dense(2, activation="softmax")(means))
+        study.warn_if_saturated(model, "odd.keras")
+        assert ("Rescaling" in capsys.readouterr().out) == warned
