@@ -15,8 +15,8 @@ and return arrays:
 """
 
 import argparse
+import base64
 import contextlib
-import html
 import importlib
 import itertools
 import json
@@ -30,8 +30,8 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -111,17 +111,16 @@ def parse_options():
     )
     add(
         "--freeze-below",
-        default="mixed7",
+        default="mixed2",
         choices=["none", *BLOCKS],
         metavar="BLOCK",
-        help="fine-tune from this block up; none: all layers (default: mixed7)",
+        help="fine-tune from this block up, mixed7 in half the time; none: all (default: mixed2)",
     )
     add(
         "--learning-rate",
         type=float,
-        default=5e-4,
         metavar="RATE",
-        help="the highest one (default: 5e-4)",
+        help="the highest one (default: 3e-4; from scratch 5e-4)",
     )
     add("--mixed-precision", action="store_true", help="half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
@@ -504,10 +503,10 @@ class Phase:
     batch_statistics: bool = True  # BatchNormalization learns, on each batch's mean and variance
 
 
-def training_phases(epochs, weights, freeze_below, learning_rate=5e-4):
+def training_phases(epochs, weights, freeze_below, learning_rate=None):
     """The phases of a run: one from scratch; from given weights the head's fifth, then the rest."""
     if weights == "none":
-        return [Phase("scratch", 0, epochs, "none", learning_rate, cosine=True)]
+        return [Phase("scratch", 0, epochs, "none", learning_rate or 5e-4, cosine=True)]
     head_end = math.ceil(epochs / 5)
     head = Phase("head", 0, head_end, "head", 1e-3, cosine=False, batch_statistics=False)
     fine_tuning = Phase(
@@ -515,7 +514,7 @@ def training_phases(epochs, weights, freeze_below, learning_rate=5e-4):
         head_end,
         epochs,
         freeze_below,
-        learning_rate,
+        learning_rate or 3e-4,
         cosine=True,
         batch_statistics=False,
     )
@@ -789,8 +788,10 @@ def most_confused(confusion, names):
     named = ", ".join(f"{names[one]} and {names[other]}" for one, other in pairs[:3])
     if len(pairs) > 3:
         named += f" and {len(pairs) - 3} more pairs"
-    each = " each" if len(pairs) > 1 else f" of {confusion[pairs[0]].sum()}"
-    return f"Most confused: {named}, {mutual.max()}{each} photos."
+    photos = mutual.max()
+    if len(pairs) == 1:
+        return f"Most confused: {named}, {photos} of {confusion[pairs[0]].sum()} photos."
+    return f"Most confused: {named}, {photos} {'photo' if photos == 1 else 'photos'} each."
 
 
 def choose_examples(evaluation):
@@ -1259,13 +1260,18 @@ def as_batch(model, photo):
     return tf.image.resize(photo, input_size(model), antialias=True)
 
 
+def grid_tile_side(channels):
+    """The side in pixels of a channel's tile, smaller where there are many."""
+    return int(np.clip(1800 / math.sqrt(channels), 24, 96))
+
+
 def channel_tiles(activation):
     """Pictures (channels, side, side, 3) uint8 of an (h, w, channels) activation.
 
     Each channel has a scale of its own. One that is 0 everywhere becomes a grey cross.
     """
     channels = activation.shape[2]
-    side = int(np.clip(1800 / math.sqrt(channels), 24, 96))
+    side = grid_tile_side(channels)
     interpolation = cv2.INTER_AREA if activation.shape[0] > side else cv2.INTER_NEAREST
     tiles = np.empty((channels, side, side, 3), "uint8")
     for index in range(channels):
@@ -1291,7 +1297,7 @@ def tile(pictures, columns, frames=BACKGROUND, gap=2):
     rows = math.ceil(count / columns)
     sheet = np.full((rows * columns, height + 2 * gap, width + 2 * gap, 3), BACKGROUND, "uint8")
     sheet[:count] = frames
-    sheet[:count, gap:-gap, gap:-gap] = pictures
+    sheet[:count, gap : gap + height, gap : gap + width] = pictures
     sheet = sheet.reshape(rows, columns, *sheet.shape[1:]).swapaxes(1, 2)
     return sheet.reshape(rows * sheet.shape[1], -1, 3)
 
@@ -1313,13 +1319,17 @@ def draw_grids(output, model, explanation):
     for convolution in chosen:
         sheets = {f"conv2d_{convolution.number}_grid.jpg": str(convolution)}
         before, after = next(outputs)[0], next(outputs)[0]
+        layer_names = convolution.layer, convolution.activation
         if convolution.activation != convolution.layer:
             title = f"{convolution.activation}, after {convolution}"
             sheets[f"activation_{convolution.number}_grid.jpg"] = title
-        for (file, title), activation in zip(sheets.items(), (before, after), strict=False):
+        shown = zip(sheets.items(), layer_names, (before, after), strict=False)
+        for (file, title), layer, activation in shown:
             caption = grid_caption(title, activation, explanation.name)
             save_sheet(output / file, grid_sheet(activation), caption)
-            yield Picture(file, caption)
+            silent = (~activation.any((0, 1))).tolist()
+            side, columns = grid_tile_side(len(silent)), min(16, len(silent))
+            yield Picture(file, caption, Sheet(convolution, layer, side, columns, silent))
 
 
 def grid_caption(title, activation, photo_name):
@@ -1353,6 +1363,7 @@ def save_relu(path):
 # made of, in colours that are as independent as those of photos. The waves have no edges: beyond
 # the canvas they go on, and all that the filter sees is pattern.
 
+FILTERS_DRAWN = 64  # of a convolution, the first ones
 PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
 # How far the image goes on beyond the canvas, in pixels. Where a filter sees the black behind the
 # edge of an image it draws a frame; what lies farther out than this it hardly sees, and every
@@ -1534,14 +1545,15 @@ def draw_patterns(output, model, seed, progress):
     """Draw a sheet of the patterns of the first 64 filters of some convolutions."""
     chosen = choose_convolutions(model, PATTERN_CONVOLUTIONS)
     for index, convolution in enumerate(chosen):
-        filters = range(min(64, convolution.channels))
+        filters = range(min(FILTERS_DRAWN, convolution.channels))
         tell = partial(tell_filters_done, progress, convolution, len(filters), index, len(chosen))
         pictures, fires = filter_patterns(model, convolution.layer, filters, seed, tell)
         file = f"conv2d_{convolution.number}_filters.jpg"
         caption = patterns_caption(convolution, fires)
         frames = np.where(fires[:, None, None, None], 120, np.array([200, 50, 50]))
         save_sheet(output / file, tile(pictures, columns=8, frames=frames), caption)
-        yield Picture(file, caption)
+        layer, silent = convolution.layer, (~fires).tolist()
+        yield Picture(file, caption, Sheet(convolution, layer, PATTERN_SIZE, 8, silent))
 
 
 def tell_filters_done(progress, convolution, count, sheets_done, sheets, filters_done):
@@ -1581,29 +1593,37 @@ class Peaks:
     positions: np.ndarray  # (n, filters, 2), its row and column in the feature map
 
 
-def filter_peaks(model, paths, layer_names, filters=64, batch_size=32):
+def filter_peaks(model, paths, layer_names):
     """{layer: Peaks} of its first filters, from one pass over the photos."""
-    height, width = input_size(model)
     found = {name: [] for name in layer_names}
-    for start in range(0, len(paths), batch_size):
-        photos = np.stack(
-            [model_input(it, height, width) for it in paths[start : start + batch_size]]
-        )
-        outputs = layer_activations(model, photos.astype("float32"), tuple(layer_names))
+    for photos in pixel_batches(model, paths):
+        outputs = layer_activations(model, photos, tuple(layer_names))
         for name, activation in zip(layer_names, outputs, strict=True):
-            found[name].append(peaks_of(activation[..., :filters]))
-    return {
-        name: Peaks(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
-        for name, batches in found.items()
-    }
+            found[name].append(peaks_of(activation[..., :FILTERS_DRAWN]))
+    return {name: joined_peaks(parts) for name, parts in found.items()}
+
+
+def pixel_batches(model, paths, batch_size=32):
+    """The photos of these paths as the model sees them: (n, height, width, 3) float32 batches."""
+    size = input_size(model)
+    for start in range(0, len(paths), batch_size):
+        batch = [model_input(path, *size) for path in paths[start : start + batch_size]]
+        yield np.stack(batch).astype("float32")
+
+
+def joined_peaks(parts):
+    """The Peaks of all photos from those of the batches."""
+    return Peaks(
+        *(np.concatenate([getattr(it, name) for it in parts]) for name in ("values", "positions"))
+    )
 
 
 def peaks_of(activation):
-    """Highest values (n, channels) and their rows and columns (n, channels, 2) of feature maps."""
+    """The Peaks of feature maps (n, h, w, channels)."""
     count, height, width, channels = activation.shape
     flat = activation.reshape(count, height * width, channels)
     places = np.stack(np.unravel_index(flat.argmax(1), (height, width)), axis=-1)
-    return flat.max(1), places
+    return Peaks(flat.max(1), places)
 
 
 def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
@@ -1646,13 +1666,21 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     return patch
 
 
-def draw_examples(output, model, paths, seed):
-    """Draw for the most selective filters the pattern, and the patches that fire them most."""
+def draw_examples(output, model, paths, seed, peaks=None):
+    """Draw for the most selective filters the pattern, and the patches that fire them most.
+
+    peaks: {layer: Peaks} of all the photos, where they are known.
+    """
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.permutation(len(paths))[:EXAMPLE_PHOTOS].tolist())
     asked = [paths[index] for index in chosen]
     shown = choose_convolutions(model, EXAMPLE_CONVOLUTIONS)
-    all_peaks = filter_peaks(model, asked, tuple(it.activation for it in shown))
+    if peaks is None:
+        all_peaks = filter_peaks(model, asked, tuple(it.activation for it in shown))
+    else:
+        all_peaks = {
+            name: Peaks(it.values[chosen], it.positions[chosen]) for name, it in peaks.items()
+        }
     for convolution in shown:
         peaks = all_peaks[convolution.activation]
         filters = most_selective(peaks)
@@ -1728,23 +1756,42 @@ def grad_cam(model, photo, layer_name, class_index):
     scaled nor enlarged; all 0 where nothing speaks for the class. Selvaraju et al., "Grad-CAM"
     (2017). Raises Stop for a layer that the model lacks.
     """
-    return grad_cam_by_layer(model, photo, (layer_name,), class_index)[0]
+    if layer_name != heatmap_layer(model):
+        return grad_cam_by_layer(model, photo, (layer_name,), class_index)[0]
+    # What comes before the last layer with positions needs no gradient: less than half the time.
+    extractor = feature_extractor(model, (layer_name,))
+    feature_maps = extractor(as_batch(model, photo), training=False)
+    (heatmaps,) = batch_grad_cam(
+        partial(maps_and_logits, model), feature_maps, np.array([[class_index]])
+    )
+    return heatmaps[0, 0]
 
 
 def grad_cam_by_layer(model, photo, layer_names, class_index):
     """Grad-CAM heatmaps of a class at several layers, from one pass: a list of (h, w) float32."""
-    batch = as_batch(model, photo)
-    with tf.GradientTape() as tape:
-        tape.watch(batch)
-        *features, logits = features_and_logits(model, layer_names)(batch, training=False)
-        logit = logits[0, class_index]
-    gradients = tape.gradient(logit, features, unconnected_gradients="zero")
-    heatmaps = []
-    for feature_maps, gradient in zip(features, gradients, strict=True):
-        weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (1, 1, 1, channels)
-        heatmap = tf.nn.relu(tf.reduce_sum(weights * feature_maps, axis=-1))
-        heatmaps.append(heatmap[0].numpy())
-    return heatmaps
+    forward = partial(features_and_logits(model, tuple(layer_names)), training=False)
+    heatmaps = batch_grad_cam(forward, as_batch(model, photo), np.array([[class_index]]))
+    return [of_layer[0, 0] for of_layer in heatmaps]
+
+
+def batch_grad_cam(forward, inputs, classes):
+    """Grad-CAM heatmaps of many photos at once, for k classes each: (n, k, h, w) for each layer.
+
+    forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
+    or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
+    """
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(inputs)
+        *features, logits = forward(inputs)
+        # No photo has a part in another's logit, so that each has its own gradient of their sum.
+        sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
+    heatmaps = [[] for _ in features]
+    for logit_sum in sums:
+        gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
+        for of_layer, feature_maps, gradient in zip(heatmaps, features, gradients, strict=True):
+            weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
+            of_layer.append(tf.nn.relu(tf.reduce_sum(weights * feature_maps, axis=-1)).numpy())
+    return [np.stack(of_layer, axis=1) for of_layer in heatmaps]
 
 
 @lru_cache(maxsize=4)  # to build it takes as long as to run it
@@ -1753,6 +1800,18 @@ def features_and_logits(model, layer_names):
     flat, outputs = classifier(model), feature_extractor(model, layer_names).outputs
     logits = nodes(flat)[-1].input_tensors[0]
     return keras.Model(flat.input, [*outputs, logits])
+
+
+def maps_and_logits(model, feature_maps):
+    """The feature maps of the last layer with positions as they are, and the logits from them."""
+    return feature_maps, head_of(model)(feature_maps, training=False)
+
+
+@lru_cache(maxsize=2)
+def head_of(model):
+    """A model from the output of the last layer with positions to the logits."""
+    feature_maps, logits = features_and_logits(model, (heatmap_layer(model),)).outputs
+    return keras.Model(feature_maps, logits)
 
 
 def place_heatmap(heatmap, field, size):
@@ -1879,19 +1938,23 @@ def explain(model, path, name, class_names, true_index=None, probabilities=None)
     )
 
 
-def deletion_caption(model, explanation):
-    """What the heatmap is worth on this photo, in words; see deletion_scores."""
-    name, index = explanation.class_name, explanation.class_index
-    if not explanation.heatmap.any():
-        return f"Nothing speaks for {name}: the heatmap is empty."
-    size = explanation.pixels.shape[:2]
+def deletion(model, explanation):
+    """The class's probability as the photo is, without the hottest part, without a central part."""
+    size, index = explanation.pixels.shape[:2], explanation.class_index
     field = receptive_fields(model)[heatmap_layer(model)]
     hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
     central = top_fraction(centred_blob(size))
     scores = deletion_scores(model, explanation.pixels, [hottest, central])[:, index]
-    before, without_hottest, without_central = (
-        f"{value:.2f}" for value in (explanation.probabilities[index], *scores)
-    )
+    return [float(value) for value in (explanation.probabilities[index], *scores)]
+
+
+def deletion_caption(model, explanation):
+    """What the heatmap is worth on this photo, in words; see deletion_scores."""
+    name = explanation.class_name
+    if not explanation.heatmap.any():
+        return f"Nothing speaks for {name}: the heatmap is empty."
+    scores = deletion(model, explanation)
+    before, without_hottest, without_central = (f"{score:.2f}" for score in scores)
     better = float(without_hottest) < float(without_central)
     judgement = "Better than a guess here." if better else "No better than a guess here."
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
@@ -2145,6 +2208,126 @@ def mistakes_caption(mistakes):
 
 
 # ---- 10. Everything drawn ------------------------------------------------------------------------
+# One pass over all photos, the survey, finds what the model says of each, where it looks, and where
+# each filter fires most. Evaluation, examples and page are taken from it.
+
+HEATMAP_CLASSES = 2  # of every photo, the most probable ones; the true class comes on top
+SHARES = {  # of the drawing time, roughly
+    "layers": 2,
+    "filters": 9,
+    "heatmaps": 3,
+    "mistakes": 1,
+    "evaluation": 1,
+    "strip": 1,
+    "page": 2,
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over n photos found: own ones first, then those of the test.
+
+    The k classes of a photo are the most probable ones, and then the true one if it is known.
+    """
+
+    paths: list
+    labels: np.ndarray  # (n,) true class indices, -1 for own photos
+    probabilities: np.ndarray  # (n, classes)
+    classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
+    heatmaps: np.ndarray  # (n, k, h, w) Grad-CAM at the model's last layer with positions
+    peaks: dict  # {layer: Peaks}
+
+    @property
+    def own(self):
+        """How many of the photos are own ones."""
+        return int((self.labels < 0).sum())
+
+    def name(self, number):
+        """The name of a photo as it is shown, that of a test photo with its folder."""
+        parts = self.paths[number].parts[-1 if self.labels[number] < 0 else -2 :]
+        return printable("/".join(parts))
+
+    def evaluation(self, class_names):
+        """The Evaluation of the test photos, None without any."""
+        if self.own == len(self.paths):
+            return None
+        return Evaluation(
+            list(class_names), self.labels[self.own :], self.probabilities[self.own :]
+        )
+
+    def test_peaks(self):
+        """{layer: Peaks} of the test photos."""
+        start = self.own
+        return {
+            name: Peaks(peaks.values[start:], peaks.positions[start:])
+            for name, peaks in self.peaks.items()
+        }
+
+
+def survey_photos(model, photos, labels=None, own_photos=()):
+    """The Survey of own photos and of test photos, paths and their (n,) true class indices.
+
+    Without labels, and without own photos, `photos` are own ones.
+    """
+    own = list(own_photos) or ([] if labels is not None else photos)
+    tests = [] if labels is None else photos
+    paths = [Path(path) for path in (*own, *tests)]
+    labels = np.concatenate([np.full(len(own), -1), [] if labels is None else labels]).astype(int)
+    numbers = (*PATTERN_CONVOLUTIONS, *EXAMPLE_CONVOLUTIONS)
+    layer_names = tuple(it.activation for it in choose_convolutions(model, numbers))
+    parts, done = [], 0
+    for pixels in pixel_batches(model, paths):
+        parts.append(survey_batch(model, pixels, labels[done : done + len(pixels)], layer_names))
+        done += len(pixels)
+    probabilities, classes, heatmaps, peaks = zip(*parts, strict=True)
+    joined = [joined_peaks(of_layer) for of_layer in zip(*peaks, strict=True)]
+    return Survey(
+        paths,
+        labels,
+        *map(np.concatenate, (probabilities, classes, heatmaps)),
+        dict(zip(layer_names, joined, strict=True)),
+    )
+
+
+def survey_batch(model, pixels, labels, layer_names):
+    """Probabilities, classes and heatmaps of a Survey, and [Peaks], of some photos as pixels."""
+    feature_maps, *activations = traced_extractor(model, layer_names)(pixels)
+    forward = partial(maps_and_logits, model)
+    probabilities = tf.nn.softmax(forward(feature_maps)[1]).numpy()
+    classes = np.argsort(-probabilities, axis=1)[:, :HEATMAP_CLASSES]
+    true_classes = np.where(labels < 0, classes[:, 0], labels)
+    classes = np.column_stack([classes, true_classes])
+    # From the last layer with positions on: nothing before it need be computed again.
+    (heatmaps,) = batch_grad_cam(forward, feature_maps, classes)
+    return probabilities, classes, heatmaps, [peaks_of(it.numpy()) for it in activations]
+
+
+@lru_cache(maxsize=2)  # to trace it takes longer than to run it
+def traced_extractor(model, layer_names):
+    """A function of photos: the model's last feature maps, then the filters drawn of some layers.
+
+    A graph that is traced lets go of each feature map once the next layers have it.
+    """
+    extractor = feature_extractor(model, (heatmap_layer(model), *layer_names))
+    photos = tf.TensorSpec((None, *input_size(model), 3))
+
+    @tf.function(input_signature=[photos], autograph=False)
+    def extract(photos):
+        feature_maps, *activations = tf.nest.flatten(extractor(photos, training=False))
+        return feature_maps, *(it[..., :FILTERS_DRAWN] for it in activations)
+
+    return extract
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """How a picture shows filters or channels: tile k, in reading order, is number k."""
+
+    convolution: Convolution
+    layer: str
+    side: int  # of a tile, pixels
+    columns: int
+    silent: list  # for each tile whether it is silent
 
 
 @dataclass(frozen=True)
@@ -2153,17 +2336,7 @@ class Picture:
 
     file: str
     caption: str
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """A part of the page: a text, and pictures that are drawn when one asks for them."""
-
-    heading: str
-    text: str
-    pictures: Iterable
-    share: int = 1  # of the drawing time, roughly
-    details: str = ""  # numbers or settings, shown as they are
+    sheet: Sheet | None = None
 
 
 def draw(
@@ -2173,8 +2346,8 @@ def draw(
     output,
     labels=None,
     *,
-    probabilities=None,
     own_photos=(),
+    survey=None,
     record=None,
     command="",
     seed=0,
@@ -2182,100 +2355,65 @@ def draw(
     """Draw every picture, and the page that shows them, into the folder `output`.
 
     model: any convolutional classifier of 0–255 RGB. photos: paths. labels: (n,) the photos' true
-    class indices; without them what needs the truth is left out. probabilities: (n, classes) of the
-    photos, where they are known. own_photos: paths of photos to explain in place of the examples
-    that are chosen from the labelled ones. record: {"history", "settings"} of the training. Raises
-    Stop, naming what the model lacks.
+    class indices; without them what needs the truth is left out. own_photos: paths of photos to
+    explain in place of the examples that are chosen from the labelled ones. survey: that of these
+    photos, where it is known. record: {"history", "settings"} of the training. Raises Stop, naming
+    what the model lacks.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    evaluation = None
-    if labels is not None:
-        if probabilities is None:
-            batches = PhotoBatches(photos, labels, len(class_names), input_size(model), 32)
-            probabilities = predict(model, batches)
-        evaluation = Evaluation(list(class_names), np.asarray(labels), probabilities)
-    examples = explain_examples(model, photos, evaluation) if evaluation else []
-    own = [
-        explain(model, path, Path(path).name, class_names)
-        for path in (own_photos or ([] if evaluation else photos))
-    ]
+    if survey is None:
+        survey = survey_photos(model, photos, labels, own_photos)
+    evaluation = survey.evaluation(class_names)
+    explained = explain_photos(model, survey, evaluation, class_names)
     with Progress() as progress:
-        chapters = chapters_of(
-            output, model, photos, own, examples, evaluation, record, seed, progress
+        drawn = draw_pictures(
+            output, model, survey, evaluation, list(explained.values()), record, seed, progress
         )
-        drawn = progress.draw(chapters)
-    details = "\n".join(
-        f"{name}: {value}" for name, value in (record or {}).get("settings", {}).items()
-    )
-    run_chapter = ("The run", "Its command and settings.", f"{command}\n\n{details}", [])
-    write_page(output / "index.html", [*drawn, run_chapter])
+        progress.start("page")
+        facts = run_facts(model, class_names, evaluation, record, command)
+        facts |= page_facts(output, model, survey, explained, drawn, progress)
+    with replace_when_whole(output / "run.js") as partial_path:
+        partial_path.write_text(script_text(facts), "ascii")
+    copy_page(output)
 
 
-def explain_examples(model, photos, evaluation):
-    """Explanations of the most confident correct photo and of the three hardest ones."""
-    return [
-        explain(
-            model,
-            photos[index],
-            "/".join(Path(photos[index]).parts[-2:]),
-            evaluation.class_names,
-            evaluation.labels[index],
-            evaluation.probabilities[index],
-        )
-        for index in choose_examples(evaluation)[:4]
-    ]
-
-
-def chapters_of(output, model, photos, own, examples, evaluation, record, seed, progress):
-    """The chapters of the page, in the order in which they are drawn."""
-    explained = own or examples[:3]
-    first = explained[0]
-    ranking = np.argsort(-first.probabilities)[:10]
-    scores = "\n".join(f"{first.probabilities[k]:.3f} {first.class_names[k]}" for k in ranking)
-    chapters = [
-        Chapter(
-            "What the layers show",
-            "Each tile is the feature map of one filter on the photo; deeper layers are coarser.",
-            draw_grids(output, model, first),
-            share=2,
-        ),
-        Chapter(
-            "What the filters look for",
-            "Each tile began grey and changed until its filter fired.",
-            itertools.chain(
-                draw_patterns(output, model, seed, progress),
-                draw_examples(output, model, photos, seed) if evaluation else [],
-            ),
-            share=9,
-        ),
-        Chapter(
-            "Where the model looks",
-            "Grad-CAM shows what speaks for a class.",
-            itertools.chain(
-                draw_heatmaps(output, model, explained), draw_blocks(output, model, first)
-            ),
-            share=3,
-        ),
-    ]
+def explain_photos(model, survey, evaluation, class_names):
+    """{photo number: Explanation} of own photos, and of the four examples of the evaluation."""
+    numbers = list(range(survey.own))
     if evaluation:
-        chapters.append(
-            Chapter(
-                "What misled it",
-                "What speaks for the class that the model says, and for the true one.",
-                draw_mistakes(output, model, examples),
-            )
+        numbers += [survey.own + index for index in choose_examples(evaluation)[:4]]
+    return {
+        k: explain(
+            model,
+            survey.paths[k],
+            survey.name(k),
+            class_names,
+            None if survey.labels[k] < 0 else survey.labels[k],
+            survey.probabilities[k],
         )
-        chapters.append(
-            Chapter(
-                "How well it does",
-                "The test photos took no part in training.",
-                draw_evaluation(output, evaluation, record),
-                details=evaluation_report(evaluation),
-            )
-        )
-    strip = Chapter("At a glance", first.verdict, draw_strip(output, model, first), details=scores)
-    return [*chapters, strip]
+        for k in numbers
+    }
+
+
+def draw_pictures(output, model, survey, evaluation, explanations, record, seed, progress):
+    """Draw all pictures but those of the page alone: {what they show, see SHARES: [Picture]}."""
+    examples = explanations[survey.own :]
+    shown = explanations[: survey.own] or examples[:3]
+    parts = {"layers": draw_grids(output, model, shown[0])}
+    parts["filters"] = draw_patterns(output, model, seed, progress)
+    if evaluation:
+        tests = survey.paths[survey.own :]
+        beside_photos = draw_examples(output, model, tests, seed, survey.test_peaks())
+        parts["filters"] = itertools.chain(parts["filters"], beside_photos)
+    parts["heatmaps"] = itertools.chain(
+        draw_heatmaps(output, model, shown), draw_blocks(output, model, shown[0])
+    )
+    if evaluation:
+        parts["mistakes"] = draw_mistakes(output, model, examples)
+        parts["evaluation"] = draw_evaluation(output, evaluation, record)
+    parts["strip"] = draw_strip(output, model, shown[0])
+    return {what: progress.draw(what, pictures) for what, pictures in parts.items()}
 
 
 class Progress:
@@ -2285,7 +2423,7 @@ class Progress:
         self.on_terminal = sys.stdout.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         self.bar = rich.progress.Progress(*columns, transient=True, disable=not self.on_terminal)
-        self.task = self.bar.add_task("", total=1)
+        self.task = self.bar.add_task("", total=sum(SHARES.values()))
         self.share, self.done = 0, 0
 
     def __enter__(self):
@@ -2295,24 +2433,28 @@ class Progress:
     def __exit__(self, *_):
         self.bar.stop()
 
-    def draw(self, chapters):
-        """Draw the chapters' pictures: [(heading, text, details, pictures)], the last one first."""
-        self.bar.update(self.task, total=sum(chapter.share for chapter in chapters))
+    def start(self, what):
+        """Say what is drawn from now on: a name in SHARES."""
+        self.done += self.share
+        self.share = SHARES[what]
+        self.bar.update(self.task, description=what, completed=self.done)
+
+    def draw(self, what, pictures):
+        """Draw pictures, which come as one asks for them: a list."""
+        self.start(what)
         drawn = []
-        for chapter in chapters:
-            self.share = chapter.share
-            self.bar.update(self.task, description=chapter.heading, completed=self.done)
-            pictures = []
-            for picture in chapter.pictures:
-                pictures.append(picture)
-                if not self.on_terminal:
-                    print(picture.file, flush=True)
-            self.done += chapter.share
-            drawn.append((chapter.heading, chapter.text, chapter.details, pictures))
-        return [drawn[-1], *drawn[:-1]]
+        for picture in pictures:
+            self.tell(picture.file)
+            drawn.append(picture)
+        return drawn
+
+    def tell(self, file):
+        """Say that a file is written."""
+        if not self.on_terminal:
+            print(file, flush=True)
 
     def part(self, what, share):
-        """Say what is being drawn, and which share of its chapter is done."""
+        """Say what is being drawn, and which share of its part is done."""
         self.bar.update(self.task, description=what, completed=self.done + share * self.share)
 
 
@@ -2384,7 +2526,7 @@ def draw_strip(output, model, explanation):
     pattern = choose_convolutions(model, PATTERN_CONVOLUTIONS)[-2:][0]
     sheet = activation_grid(model, explanation.pixels, grid.layer)
     activations = corner(sheet, sheet.shape[1] // min(16, grid.channels))
-    rows, side = math.ceil(min(64, pattern.channels) / 8), PATTERN_SIZE + 4
+    rows, side = math.ceil(min(FILTERS_DRAWN, pattern.channels) / 8), PATTERN_SIZE + 4
     sheet = np.asarray(Image.open(output / f"conv2d_{pattern.number}_filters.jpg"))
     patterns = corner(sheet[-10 - rows * side : -10, 10:], side)  # within a border of 10 pixels
     middle = {
@@ -2443,39 +2585,349 @@ def save_figure(path, figure, dpi=100, cut=True):
         figure.savefig(partial_path, dpi=dpi, **border, pil_kwargs=jpeg)
 
 
-# ---- 11. The page: the run as a story ------------------------------------------------------------
+# ---- 11. The page: what it shows of the run ------------------------------------------------------
+# Images/index.html is the same for every run. What it shows lies beside it: the pictures, sheets of
+# photos and activation maps, from which it cuts what one asks for, and run.js, which holds all the
+# rest as JSON. A script is the one file of data that a browser takes from any folder.
 
-PAGE_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What a convolutional network sees</title>
-<style>
-:root { color-scheme: light dark; } pre { overflow-x: auto; } figcaption { opacity: 0.7; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 1rem/1.55 system-ui, sans-serif; }
-h2 { margin-top: 3rem; border-top: 1px solid #8884; padding-top: 1rem; }
-figure { margin: 1.5rem 0; }
-img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
-</style>
-</head>
-<body>
-<h1>What a convolutional network sees</h1>
-"""
+PAGE = Path(__file__).with_name("Images") / "index.html"
+LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
+LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
+PATCHES = 9  # photos shown for a filter
+
+# Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
+THUMBNAIL_SIDE = 80
+PHOTO_SIDE = 256
+MAP_SIDE = 48
+PHOTO_COLUMNS = 6  # and rows of a sheet of photos, which a browser loads whole
 
 
-def write_page(path, chapters):
-    """Write a page of chapters (heading, text, details, pictures)."""
-    page = PAGE_HEAD
-    for heading, text, details, pictures in chapters:
-        page += f"<h2>{heading}</h2>\n<p>{html.escape(text)}</p>\n"
-        page += f"<pre>{html.escape(details)}</pre>\n" if details else ""
-        for picture in pictures:
-            caption = html.escape(picture.caption)
-            image = f'<img src="{picture.file}" alt="{caption}" loading="lazy">'
-            link = f'<a href="{picture.file}">{image}</a>'
-            page += f"<figure>{link}<figcaption>{caption}</figcaption></figure>\n"
+def run_facts(model, class_names, evaluation, record, command):
+    """What the page says of the run: sentences, settings, versions, classes and evaluation."""
+    settings = (record or {}).get("settings", {})
+    test = None
+    if evaluation:
+        confusion, loss = evaluation.confusion.tolist(), round(evaluation.loss, 4)
+        test = {"photos": len(evaluation.labels), "loss": loss, "confusion": confusion}
+    versions = {"Python": sys.version.split()[0], "TensorFlow": tf.__version__}
+    return {
+        "format": 1,
+        "lead": [training_sentence(class_names, settings), test_sentence(evaluation)],
+        "warnings": warnings_about(evaluation),
+        "command": command,
+        "settings": {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in settings.items()
+        },
+        "versions": versions | {"Keras": keras.__version__},
+        "classes": [printable(name) for name in class_names],
+        "input_size": list(input_size(model)),
+        "test": test,
+    }
+
+
+def training_sentence(class_names, settings):
+    """What was trained on what, as far as the settings of the training tell."""
+    names = ", ".join(printable(name) for name in class_names[:10])
+    names += ", …" if len(class_names) > 10 else ""
+    classes = f"{len(class_names)} classes ({names})"
+    if not {"weights", "epochs", "photos"} <= set(settings):
+        return f"This model tells {classes} apart. How it was trained is not recorded here."
+    starts = {"imagenet": "starting from ImageNet's weights", "none": "from scratch"}
+    start = starts.get(settings["weights"], "starting from the weights of a file")
+    photos = settings["photos"]["train"]
+    epochs = settings["epochs"]
+    return f"InceptionV3 learnt {classes} from {photos:,} photos in {epochs} epochs, {start}."
+
+
+def test_sentence(evaluation):
+    """How well the model does, in words."""
+    if evaluation is None:
+        return "No test photos were given: how well it does is not known."
+    count = len(evaluation.labels)
+    correct, most = int(np.trace(evaluation.confusion)), np.bincount(evaluation.labels).max()
+    return (
+        f"It names {correct:,} of {count:,} test photos right ({percent(correct / count)}); "
+        f"always saying the most frequent class would get {percent(most / count)} right."
+    )
+
+
+def warnings_about(evaluation):
+    """Sentences on what weakens the run."""
+    found = []
+    if evaluation and evaluation.accuracy <= evaluation.chance:
+        found.append("It does no better than chance: its pictures show little learning.")
+    if evaluation and (fewest := evaluation.confusion.sum(1).min()) < 10:
+        found.append(f"A class has only {fewest} test photos: each changes the result by much.")
+    return found
+
+
+def page_facts(output, model, survey, explained, drawn, progress):
+    """What the page shows of photos, filters and layers. Writes the sheets that it cuts.
+
+    explained: {photo number: Explanation}, of the photos that can be followed through the layers.
+    drawn: {what they show: [Picture]}.
+    """
+    for names in ("photos_[0-9]*.jpg", "conv2d_*_maps.jpg"):  # an earlier run may have more
+        for path in output.glob(names):
+            path.unlink()
+    stored, listed = stored_photos(survey, explained)
+    sheets, ratios = save_photos(output, [survey.paths[k] for k in stored], listed, progress)
+    photos = []
+    for index, (k, ratio) in enumerate(zip(stored, ratios, strict=True)):
+        photo = {"ratio": ratio, "listed": index < listed} | photo_entry(survey, k)
+        photos.append(
+            photo | (block_entries(model, survey, k, explained) if k in explained else {})
+        )
+    filters = []
+    for picture in filter(has_sheet, drawn["filters"]):
+        filters.append(filter_entry(output, model, survey, explained, stored, picture))
+        progress.tell(filters[-1]["maps"]["sheet"]["file"])
+    pictures = [picture for pictures in drawn.values() for picture in pictures]
+    return {
+        "photos": photos,
+        **sheets,
+        "heatmap_layers": [layer_entry(model, name) for name in heatmap_layers(model)],
+        "filters": filters,
+        "layers": grid_entries(output, model, drawn["layers"], photos[0]["name"]),
+        "pictures": [{"file": it.file, "caption": it.caption} for it in pictures],
+    }
+
+
+def stored_photos(survey, explained):
+    """Numbers of the photos that the page stores, and how many of the first ones it lists.
+
+    Own photos come first, then the explained ones and the rest of the test, the most doubtful
+    first; then those that only lend a patch to a filter.
+    """
+    doubtful = doubtful_first(survey.probabilities, survey.labels).tolist()
+    tests = [k for k in dict.fromkeys([*explained, *doubtful]) if survey.labels[k] >= 0]
+    listed = [*range(survey.own), *tests[:LISTED_PHOTOS]]
+    lenders = {
+        k
+        for peaks in survey.peaks.values()
+        for number in range(peaks.values.shape[1])
+        for k in top_photos(peaks, number, PATCHES)
+    }
+    return [*listed, *sorted(lenders - set(listed))], len(listed)
+
+
+def doubtful_first(probabilities, labels):
+    """Photo numbers: mistakes, most confident first, then the others, least confident first."""
+    confidence = probabilities.max(1)
+    mistake = (probabilities.argmax(1) != labels) & (labels >= 0)
+    return np.lexsort((np.where(mistake, -confidence, confidence), ~mistake))
+
+
+def photo_entry(survey, number):
+    """What the survey found of one photo."""
+    label = int(survey.labels[number])
+    return {
+        "name": survey.name(number),
+        "own": label < 0,
+        "true": None if label < 0 else label,
+        "probabilities": probability_entries(survey.probabilities[number], label),
+        "heatmaps": heatmap_entries(survey.classes[number], [survey.heatmaps[number]]),
+    }
+
+
+def probability_entries(probabilities, label):
+    """[class, probability] pairs, most probable first: LISTED_CLASSES of them and the true one."""
+    ranked = np.argsort(-probabilities).tolist()
+    kept = [k for rank, k in enumerate(ranked) if rank < LISTED_CLASSES or k == label]
+    return [[k, round(float(probabilities[k]), 4)] for k in kept]
+
+
+def heatmap_entries(classes, heatmaps):
+    """The entries of a photo's (k,) classes and their heatmaps, a (k, h, w) for each layer."""
+    entries = {}
+    for rank, class_index in enumerate(classes.tolist()):
+        maps, peaks = zip(*(encoded_heatmap(of_layer[rank]) for of_layer in heatmaps), strict=True)
+        entries[class_index] = {"class": class_index, "peaks": peaks, "maps": maps}
+    return list(entries.values())
+
+
+def encoded_heatmap(heatmap):
+    """An (h, w) heatmap as base64 of bytes, row by row, and the value that 255 stands for."""
+    peak = float(heatmap.max())
+    shares = np.rint(heatmap * (255 / (peak or 1))).astype("uint8")
+    return base64.b64encode(shares.tobytes()).decode(), float(f"{peak:.4g}")
+
+
+def heatmap_layers(model):
+    """The ends of the blocks, and at last the layer whose heatmap every photo has."""
+    last = heatmap_layer(model)
+    return [*(name for name in block_layers(model) if name != last), last]
+
+
+def layer_entry(model, name):
+    """How many positions a layer has, and where they look."""
+    height, width = layer_outputs(model)[name].shape[1:3]
+    return {"layer": name, "height": height, "width": width} | asdict(receptive_fields(model)[name])
+
+
+def block_entries(model, survey, number, explained):
+    """The heatmaps of an explained photo at all blocks, and what its own one is worth."""
+    explanation, classes = explained[number], survey.classes[number]
+    layer_names = tuple(heatmap_layers(model))
+    forward = partial(features_and_logits(model, layer_names), training=False)
+    heatmaps = batch_grad_cam(forward, as_batch(model, explanation.pixels), classes[None])
+    entries = {"heatmaps": heatmap_entries(classes, [of_layer[0] for of_layer in heatmaps])}
+    if explanation.heatmap.any():
+        names = ("before", "without_top", "without_centre")
+        scores = [round(score, 4) for score in deletion(model, explanation)]
+        entries["deletion"] = {"class": explanation.class_index, "fraction": DELETED_FRACTION}
+        entries["deletion"] |= dict(zip(names, scores, strict=True))
+    return entries
+
+
+def grid_entries(output, model, pictures, photo_name):
+    """The grids of convolutions, each with that of its activation where it has one."""
+    entries = {}
+    for picture in filter(has_sheet, pictures):
+        convolution = picture.sheet.convolution
+        height, width = layer_outputs(model)[convolution.layer].shape[1:3]
+        shown = {"height": height, "width": width, "photo": photo_name, "activated": None}
+        entry = entries.setdefault(convolution.number, asdict(convolution) | shown)
+        kind = "convolution" if picture.sheet.layer == convolution.layer else "activated"
+        entry[kind] = drawn_sheet(output, picture)
+    return list(entries.values())
+
+
+def filter_entry(output, model, survey, explained, stored, picture):
+    """A sheet of patterns, and what fires each of its filters. Writes their activation maps."""
+    convolution = picture.sheet.convolution
+    peaks = survey.peaks[convolution.activation]
+    index_of = {k: index for index, k in enumerate(stored)}
+    maps = save_activation_maps(output, model, convolution, peaks, explained)
+    return {
+        **asdict(convolution),
+        **drawn_sheet(output, picture),
+        "field": asdict(receptive_fields(model)[convolution.activation]),
+        "patches": patch_entries(peaks, index_of),
+        "maps": maps | {"photos": [index_of[k] for k in explained]},
+    }
+
+
+def has_sheet(picture):
+    return picture.sheet is not None
+
+
+def drawn_sheet(output, picture):
+    """How the page cuts a picture that save_sheet wrote, and which of its tiles are silent."""
+    sheet = picture.sheet
+    count = len(sheet.silent)
+    entry = sheet_entry(output / picture.file, count, sheet.side, sheet.columns, gap=2, border=10)
+    return {"sheet": entry, "silent": [k for k in range(count) if sheet.silent[k]]}
+
+
+def sheet_entry(path, count, side, columns, gap=0, border=0):
+    """How the page cuts a sheet of so many tiles, in pixels; above them may stand a title."""
+    with Image.open(path) as picture:
+        width, height = picture.size
+    pitch = side + 2 * gap
+    top = height - border - math.ceil(count / columns) * pitch + gap
+    place = {"left": border + gap, "top": top, "tile": side, "pitch": pitch, "columns": columns}
+    return {"file": path.name, "width": width, "height": height} | place
+
+
+def patch_entries(peaks, index_of):
+    """For each filter the [photo, row, column, activation] that fire it most, strongest first.
+
+    index_of: {photo number: its index on the page}.
+    """
+    values, positions = peaks.values, peaks.positions
+    return [
+        [
+            [index_of[k], *positions[k, number].tolist(), round(float(values[k, number]), 3)]
+            for k in top_photos(peaks, number, PATCHES)
+        ]
+        for number in range(values.shape[1])
+    ]
+
+
+def save_tiles(path, tiles, columns, quality):
+    """Write (n, side, side, 3) uint8 tiles edge to edge: the entry of the sheet."""
+    columns = min(columns, len(tiles))
+    sheet = Image.fromarray(tile(tiles, columns, gap=0))
     with replace_when_whole(path) as partial_path:
-        partial_path.write_text(f"{page}</body>\n</html>\n", "utf-8")
+        sheet.save(partial_path, quality=quality, optimize=True)
+    return sheet_entry(path, len(tiles), tiles.shape[1], columns)
+
+
+def save_photos(output, paths, listed, progress):
+    """Write sheets of the photos, and one of thumbnails of the first `listed` ones.
+
+    Returns the entries of the sheets, and the width / height of each photo.
+    """
+    quality = 66 if len(paths) <= LISTED_PHOTOS else 50
+    entries, ratios, thumbnails = [], [], []
+    with ThreadPoolExecutor(cores()) as pool:
+        for start in range(0, len(paths), PHOTO_COLUMNS**2):
+            squares = pool.map(squeezed, paths[start : start + PHOTO_COLUMNS**2])
+            tiles, some_ratios = zip(*squares, strict=True)
+            path = output / f"photos_{len(entries) + 1}.jpg"
+            entries.append(save_tiles(path, np.stack(tiles), PHOTO_COLUMNS, quality))
+            progress.tell(path.name)
+            ratios += some_ratios
+            side = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+            thumbnails += [cv2.resize(it, side, interpolation=cv2.INTER_AREA) for it in tiles]
+    thumbnails = np.stack(thumbnails[:listed])
+    columns = math.ceil(math.sqrt(listed))
+    sheet = save_tiles(output / "photos.jpg", thumbnails, columns, quality=70)
+    progress.tell("photos.jpg")
+    return {"thumbnails": sheet, "photo_sheets": entries}, ratios
+
+
+def squeezed(path):
+    """A photo as a square of PHOTO_SIDE, and its width / height."""
+    photo = read_photo(path, at_least=PHOTO_SIDE)
+    square = cv2.resize(photo, (PHOTO_SIDE, PHOTO_SIDE), interpolation=cv2.INTER_AREA)
+    return square, round(photo.shape[1] / photo.shape[0], 3)
+
+
+def save_activation_maps(output, model, convolution, peaks, explained):
+    """Write the activation maps of the filters drawn: a row for each of the explained photos.
+
+    Black is 0, and a filter has one scale for all photos, so that they can be compared. Returns the
+    entry of the sheet with its peaks.
+    """
+    values = peaks.values[list(explained)]
+    filters = values.shape[1]
+    rows = []
+    for explanation in explained.values():
+        photo = as_batch(model, explanation.pixels)
+        ((activation,),) = layer_activations(model, photo, (convolution.activation,))
+        height, width, _ = activation.shape
+        shares = activation[..., :filters].clip(0) / np.maximum(values.max(0), 1e-12)
+        smooth = cv2.INTER_AREA if height > MAP_SIDE else cv2.INTER_LINEAR
+        rows += [
+            cv2.resize(shares[..., k], (MAP_SIDE, MAP_SIDE), interpolation=smooth)
+            for k in range(filters)
+        ]
+    tiles = matplotlib.colormaps[HEATMAP_COLOURS](np.stack(rows), bytes=True)[..., :3]
+    path = output / f"conv2d_{convolution.number}_maps.jpg"
+    sheet = save_tiles(path, tiles, filters, quality=72)
+    peaks = values.astype(float).round(3).tolist()
+    return {"sheet": sheet, "height": height, "width": width, "peaks": peaks}
+
+
+def script_text(run):
+    """The text of run.js: JSON after its prefix, in ASCII, and harmless whatever a name holds."""
+    text = json.dumps(run, allow_nan=False, separators=(",", ":"))
+    for letter in "<>&":  # "</script>" would end the script
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return f"const run = {text};\n"
+
+
+def copy_page(output):
+    """Put a copy of the page beside run.js, where it is not there already."""
+    page = output / "index.html"
+    if not PAGE.is_file():
+        print(f"{printable(PAGE)} is missing: the pictures have no page to show them.")
+    elif not (page.exists() and page.samefile(PAGE)):
+        with replace_when_whole(page) as partial_path:
+            shutil.copyfile(PAGE, partial_path)
 
 
 # ---- 12. The run ---------------------------------------------------------------------------------
@@ -2508,26 +2960,28 @@ def evaluate_and_draw(options, model, class_names, test, record):
 
     test: PhotoBatches, or None where there are only own photos.
     """
-    known = {"labels": None, "probabilities": None}
-    if test:
-        known = {"labels": test.labels, "probabilities": predict(model, test)}
-        evaluation = Evaluation(class_names, **known)
+    own = options.photos or []
+    photos, labels = (test.paths, test.labels) if test else ([], None)
+    survey = survey_photos(model, photos, labels, own)
+    evaluation = survey.evaluation(class_names)
+    if evaluation:
         print(f"\n{evaluation_report(evaluation)}\n", flush=True)
         if not options.skip_training:
             metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
             write_json(history_file(options.model), record | {"test": metrics})
-    for path in options.photos or []:
-        print(prediction_line(model, path, class_names), flush=True)
+    for path, probabilities in zip(own, survey.probabilities, strict=False):  # they come first
+        print(prediction_line(path, probabilities, class_names), flush=True)
     draw(
         model,
-        test.paths if test else options.photos,
+        photos,
         class_names,
         options.output,
-        own_photos=options.photos or [],
+        labels,
+        own_photos=own,
+        survey=survey,
         record=record,
         command=pasteable("python", Path(sys.argv[0]).name, *sys.argv[1:]),
         seed=options.seed,
-        **known,
     )
 
 
@@ -2559,18 +3013,11 @@ def require_photos(paths):
         raise Stop(f"--photos {stop}\nName another photo.") from stop
 
 
-def prediction_line(model, path, class_names):
+def prediction_line(path, probabilities, class_names):
     """The most probable classes of a photo in a line: "cat.jpg: rose 69 %, daisy 29 %"."""
-    photo = model_input(path, *input_size(model))[None].astype("float32")
-    probabilities = classifier(model)(photo, training=False)[0].numpy()
     best = np.argsort(-probabilities)[:3]
     named = (f"{printable(class_names[k])} {percent(probabilities[k])}" for k in best)
     return f"{printable(path.name)}: {', '.join(named)}"
-
-
-def predict(model, batches):
-    """The class probabilities (n, classes) of PhotoBatches."""
-    return classifier(model).predict(batches, verbose=0)
 
 
 def open_saved(options):

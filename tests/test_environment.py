@@ -61,7 +61,7 @@ def draw_saved(folder, monkeypatch, *arguments):
 
 
 def pictures(folder):
-    files = [path for path in folder.iterdir() if path.suffix != ".html"]
+    files = [path for path in folder.iterdir() if path.suffix not in (".html", ".js")]
     return {path.name: np.asarray(Image.open(path).convert("RGB"), int) for path in files}
 
 
@@ -150,9 +150,11 @@ def test_pictures_depend_on_no_setting_of_the_machine_and_on_no_encoding(
     for name, picture in ours.items():
         assert picture.shape == theirs[name].shape, name
         assert np.abs(picture - theirs[name]).mean() < 0.5, name
-    page = (saved / f"theirs {NOT_UTF8}" / "index.html").read_text("utf-8")
+    data = (saved / f"theirs {NOT_UTF8}" / "run.js").read_text("ascii")
+    told = json.loads(data.removeprefix("const run = ").removesuffix(";\n"))
     # The command on the page can be pasted.
-    assert "--output $'theirs tulipe \\xe9'" in page.replace("&#x27;", "'")
+    assert "--output $'theirs tulipe \\xe9'" in told["command"]
+    assert told["classes"] == ["daisy", "rose", "tulipe \\xe9"]
 
 
 @POSIX_ONLY
@@ -193,7 +195,7 @@ def test_it_runs_in_a_thread_with_streams_that_are_no_files(saved, split_flowers
     assert not errors
     lines = shown.getvalue().splitlines()
     drawn = {path.name for path in (saved / "Images").iterdir()}
-    assert drawn - {"index.html"} <= set(lines)  # a line a picture
+    assert drawn - {"index.html", "run.js"} <= set(lines)  # a line a picture
     page = (saved / "Images" / "index.html").as_uri()
     assert page.startswith("file:///") and lines[-1].endswith(page)
 

@@ -486,4 +486,4 @@ def test_all_is_drawn_for_any_model_from_paths_and_labels_or_without(monkeypatch
         "CAM_layers.jpg",
         "strip.jpg",
     }
-    assert always | {"index.html"} <= with_truth & without
+    assert always | {"index.html", "run.js", "photos.jpg"} <= with_truth & without
