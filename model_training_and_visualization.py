@@ -1370,15 +1370,15 @@ PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so t
 # pixel takes time.
 PATTERN_MARGIN = 24
 PATTERN_STEPS = 20
-PATTERN_RATE = 4.0  # grey levels by which a step changes the image (root mean square)
-PATTERN_MOMENTUM = 0.7  # with less, weak filters do not get far in so few steps; more overshoots
+PATTERN_RATE = 4.5  # grey levels by which a step changes the image (root mean square)
+PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few steps; more overshoots
 # Grey levels of the noise at the start (root mean square). In faint noise an image finds the
 # strongest pattern, in strong noise only what happens to lie there. But a filter that has stayed
 # silent is started again from stronger noise.
 PATTERN_STARTS = (2, 20, 60)
 PATTERN_CONTRAST = 60  # grey levels of the finished picture (standard deviation before the bounds)
 SHORTEST_WAVELENGTH = 3.5  # pixels: shorter waves raise the activation as noise no eye resolves
-FLAT_COLOUR = 0.6  # strength of the mean colour; at 1 some early filters paint nothing else
+FLAT_COLOUR = 0.8  # strength of the mean colour; at 1 some early filters paint nothing else
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
 
 # Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red,
@@ -1541,13 +1541,17 @@ def ascent_step(extractor, field, waves, scale, margin):
     return step
 
 
-def draw_patterns(output, model, seed, progress):
-    """Draw a sheet of the patterns of the first 64 filters of some convolutions."""
+def draw_patterns(output, model, seed, progress, patterns):
+    """Draw a sheet of the patterns of the first 64 filters of some convolutions.
+
+    They are kept in patterns, {layer: pictures}.
+    """
     chosen = choose_convolutions(model, PATTERN_CONVOLUTIONS)
     for index, convolution in enumerate(chosen):
         filters = range(min(FILTERS_DRAWN, convolution.channels))
         tell = partial(tell_filters_done, progress, convolution, len(filters), index, len(chosen))
         pictures, fires = filter_patterns(model, convolution.layer, filters, seed, tell)
+        patterns[convolution.layer] = pictures
         file = f"conv2d_{convolution.number}_filters.jpg"
         caption = patterns_caption(convolution, fires)
         frames = np.where(fires[:, None, None, None], 120, np.array([200, 50, 50]))
@@ -1666,10 +1670,11 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     return patch
 
 
-def draw_examples(output, model, paths, seed, peaks=None):
+def draw_examples(output, model, paths, seed, patterns, peaks=None):
     """Draw for the most selective filters the pattern, and the patches that fire them most.
 
-    peaks: {layer: Peaks} of all the photos, where they are known.
+    patterns: {layer: pictures of its first filters}, as far as they are drawn. peaks: {layer:
+    Peaks} of all the photos, where they are known.
     """
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.permutation(len(paths))[:EXAMPLE_PHOTOS].tolist())
@@ -1686,7 +1691,10 @@ def draw_examples(output, model, paths, seed, peaks=None):
         filters = most_selective(peaks)
         if not filters:
             continue
-        patterns, _ = filter_patterns(model, convolution.layer, filters, seed)
+        if convolution.layer in patterns:
+            pictures = patterns[convolution.layer][filters]
+        else:
+            pictures, _ = filter_patterns(model, convolution.layer, filters, seed)
         rows = [example_row(model, convolution, peaks, number, asked) for number in filters]
         file = f"conv2d_{convolution.number}_examples.jpg"
         caption = (
@@ -1694,7 +1702,7 @@ def draw_examples(output, model, paths, seed, peaks=None):
             f"most selective first\nnumber, pattern, and the patches of {len(asked)} test photos "
             "that fire it most, with the activation"
         )
-        save_examples(output / file, filters, patterns, rows, caption)
+        save_examples(output / file, filters, pictures, rows, caption)
         yield Picture(file, caption)
 
 
@@ -2401,10 +2409,11 @@ def draw_pictures(output, model, survey, evaluation, explanations, record, seed,
     examples = explanations[survey.own :]
     shown = explanations[: survey.own] or examples[:3]
     parts = {"layers": draw_grids(output, model, shown[0])}
-    parts["filters"] = draw_patterns(output, model, seed, progress)
+    patterns = {}
+    parts["filters"] = draw_patterns(output, model, seed, progress, patterns)
     if evaluation:
         tests = survey.paths[survey.own :]
-        beside_photos = draw_examples(output, model, tests, seed, survey.test_peaks())
+        beside_photos = draw_examples(output, model, tests, seed, patterns, survey.test_peaks())
         parts["filters"] = itertools.chain(parts["filters"], beside_photos)
     parts["heatmaps"] = itertools.chain(
         draw_heatmaps(output, model, shown), draw_blocks(output, model, shown[0])
