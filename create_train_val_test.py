@@ -33,6 +33,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections import Counter
@@ -567,11 +568,8 @@ def show_next_step(output):
 
 def imagenet_weights():
     """Where Keras keeps InceptionV3's weights without the top once they are downloaded."""
-    home = os.path.expanduser("~")  # noqa: PTH111 (Path raises where there is no home)
-    if not os.access(home, os.W_OK):
-        home = "/tmp"  # as Keras chooses
-    keras_home = Path(os.environ.get("KERAS_HOME", Path(home) / ".keras"))
-    return keras_home / "models/inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    file = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    return download_folder() / "models" / file
 
 
 def beside_this_script(name):
@@ -923,6 +921,20 @@ def decode_photos(photos, function, description):
         yield from results
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
+
+
+def keras_home():
+    """The folder of Keras's settings and downloads: $KERAS_HOME, ~/.keras, or else /tmp/.keras."""
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path raises where there is no home)
+    home = home if os.access(home, os.W_OK) else "/tmp"
+    return Path(os.path.expanduser(os.environ.get("KERAS_HOME", f"{home}/.keras")))  # noqa: PTH111
+
+
+def download_folder():
+    """Where Keras looks for its downloads: in its home, or where that is read-only in /tmp."""
+    temporary = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
+    home = keras_home()
+    return home if os.access(home, os.W_OK) else Path(temporary, ".keras")
 
 
 def cores():

@@ -4,10 +4,10 @@
     python model_training_and_visualization.py
 
 The sections follow a run: 1 photos, 2 model, 3 training, 4 evaluation; then what can be seen in any
-convolutional classifier: 5 its layers, 6 activation grids, 7 filter patterns, 8 what fires a
-filter, 9 Grad-CAM heatmaps; at last 10 everything drawn, 11 the page, 12 the command line. Three
-functions work on their own, for any functional or Sequential Keras classifier that takes 0–255 RGB,
-and return arrays:
+convolutional classifier: 5 its layers, 6 activation grids, 7 filter patterns and 8 the waves that
+they are made of, 9 what fires a filter, 10 Grad-CAM heatmaps, 11 explanations of photos; at last
+12 everything drawn, 13 the page, 14 the command line. Three functions work on their own, for any
+functional or Sequential Keras classifier that takes 0–255 RGB, and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
     filter_patterns(model, "conv2d_39", range(64))
@@ -42,7 +42,9 @@ from create_train_val_test import (
     class_folders,
     cores,
     decode_photos,
+    download_folder,
     is_hidden,
+    keras_home,
     locked,
     pasteable,
     printable,
@@ -170,13 +172,6 @@ def load_libraries():
     backend = sys.modules["keras"].backend.backend()
     if backend != "tensorflow":  # only where Keras was loaded before, as in a notebook
         raise Stop(f"Keras runs on {backend} here. Restart Python, and run this first.", 1)
-
-
-def keras_home():
-    """The folder of Keras's settings and downloads: $KERAS_HOME, ~/.keras, or else /tmp/.keras."""
-    home = os.path.expanduser("~")  # noqa: PTH111 (Path raises where there is no home)
-    home = home if os.access(home, os.W_OK) else "/tmp"
-    return Path(os.path.expanduser(os.environ.get("KERAS_HOME", f"{home}/.keras")))  # noqa: PTH111
 
 
 # This code is written for Keras 3 on TensorFlow, whatever a settings file or a shell says.
@@ -419,13 +414,6 @@ def load_imagenet_weights(base):
             exit_code=1,
         ) from error
     base.set_weights(pretrained.get_weights())
-
-
-def download_folder():
-    """Where Keras looks for its downloads: in its home, or where that is read-only in /tmp."""
-    temporary = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
-    home = keras_home()
-    return home if os.access(home, os.W_OK) else Path(temporary, ".keras")
 
 
 def load_backbone_weights(base, path):
@@ -1358,10 +1346,8 @@ def save_relu(path):
 
 # ---- 7. Filter patterns: what each filter looks for ----------------------------------------------
 # Each filter gets an image of its own, faint noise at first, that follows the gradient of the
-# filter's mean activation upwards: it becomes what the filter looks for. As in "Feature
-# Visualization" (Olah et al., 2017) what changes are not pixels but the waves that the image is
-# made of, in colours that are as independent as those of photos. The waves have no edges: beyond
-# the canvas they go on, and all that the filter sees is pattern.
+# filter's mean activation upwards: it becomes what the filter looks for ("Feature Visualization",
+# Olah et al., 2017).
 
 FILTERS_DRAWN = 64  # of a convolution, the first ones
 PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
@@ -1376,19 +1362,7 @@ PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few step
 # strongest pattern, in strong noise only what happens to lie there. But a filter that has stayed
 # silent is started again from stronger noise.
 PATTERN_STARTS = (2, 20, 60)
-PATTERN_CONTRAST = 60  # grey levels of the finished picture (standard deviation before the bounds)
-SHORTEST_WAVELENGTH = 3.5  # pixels: shorter waves raise the activation as noise no eye resolves
-FLAT_COLOUR = 0.8  # strength of the mean colour; at 1 some early filters paint nothing else
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
-
-# Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red,
-# green and blue, columns are brightness, blue to yellow and green to magenta. Scaled to the length
-# of the first column, and the last two 3 times as strong as in photos, where patterns look muted.
-COLOUR_CORRELATION_ROOT = np.array(
-    [[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], "float32"
-)
-BRIGHTNESS_LENGTH = np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0])
-COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "float32")
 
 
 def filter_patterns(model, layer_name, filters, seed=0, on_progress=None):
@@ -1447,67 +1421,6 @@ def bfloat16_where_fast():
         yield
     finally:
         tf.config.optimizer.set_experimental_options({option: False})
-
-
-def canvas_margin(field):
-    """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
-
-    About half of what a filter sees. Whole strides, so that the finished picture lies in the grid
-    of positions as it did here: a filter may fire at one offset and not some pixels on.
-    """
-    stride = int(max(field.stride))
-    reach = min(PATTERN_MARGIN, int(max(field.size)) // 2 + stride - 1)
-    return max(1, reach // stride) * stride
-
-
-def wave_basis(longest_wavelength, margin=0):
-    """The waves of a canvas, (waves, PATTERN_SIZE + 2 * margin), and their (waves, waves) scale.
-
-    Waves longer than the filter sees are scaled like the longest one that it sees.
-    """
-    # cos + sin of positive and negative frequencies (Hartley, 1942) span what complex waves span,
-    # with real coefficients; two small matrix products then cost less than a fast transform.
-    cycles = np.fft.fftfreq(PATTERN_SIZE, 1 / PATTERN_SIZE)
-    cycles = cycles[np.abs(cycles) <= PATTERN_SIZE / SHORTEST_WAVELENGTH]
-    pixels = np.arange(-margin, PATTERN_SIZE + margin)
-    angle = 2 * np.pi * np.outer(cycles, pixels) / PATTERN_SIZE
-    frequency = np.hypot(cycles[:, None], cycles)
-    wavelength = PATTERN_SIZE / np.maximum(frequency, PATTERN_SIZE / longest_wavelength)
-    # The square root lies between white noise, which is all speckle, and photos (1/f), which are
-    # all blotches.
-    scale = np.sqrt(wavelength / longest_wavelength)
-    scale[frequency > PATTERN_SIZE / SHORTEST_WAVELENGTH] = 0  # alike in all directions
-    scale[frequency == 0] *= FLAT_COLOUR
-    return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
-
-
-def start_noise(filters, seeds, canvas, scale):
-    """Coefficients (n, 3, waves, waves) of noise of one grey level, the same for a filter alone."""
-    shape = (3, *scale.shape)
-    noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
-    noise = np.stack(noise).astype("float32")
-    return noise / root_mean_square(waves_to_image(noise, canvas, scale)).numpy()
-
-
-def waves_to_image(coefficients, waves, scale):
-    """The sum of waves, (n, 3, waves, waves), as RGB about 0: (n, size, size, 3) float32."""
-    planes = tf.matmul(waves, tf.matmul(scale * coefficients, waves), transpose_a=True)
-    return tf.einsum("ncyx,rc->nyxr", planes, COLOURS)
-
-
-def bounded(image):
-    """The image about 0 as RGB from 8 to 247: bent towards the bounds, as cutting it off burns."""
-    return 127.5 + 119.5 * tf.tanh(image / 119.5)
-
-
-def root_mean_square(images):
-    return tf.sqrt(tf.reduce_mean(images**2, (1, 2, 3), keepdims=True)) + 1e-12
-
-
-def full_contrast(image):
-    """The image (n, size, size, 3) stretched about its mean colour, as RGB from 8 to 247."""
-    mean = tf.reduce_mean(image, (1, 2), keepdims=True)
-    return bounded(mean + PATTERN_CONTRAST * (image - mean) / root_mean_square(image - mean))
 
 
 def ascent_step(extractor, field, waves, scale, margin):
@@ -1576,7 +1489,87 @@ def patterns_caption(convolution, fires):
     )
 
 
-# ---- 8. What fires a filter: its pattern beside photos -------------------------------------------
+# ---- 8. Waves: what a pattern is made of ---------------------------------------------------------
+# What changes in an ascent are not pixels but the waves that the image is the sum of, in colours
+# that are as independent as those of photos: pixels on their own end in noise. The waves have no
+# edges: beyond the canvas they go on, and all that the filter sees is pattern.
+
+PATTERN_CONTRAST = 60  # grey levels of the finished picture (standard deviation before the bounds)
+SHORTEST_WAVELENGTH = 3.5  # pixels: shorter waves raise the activation as noise no eye resolves
+FLAT_COLOUR = 0.8  # strength of the mean colour; at 1 some early filters paint nothing else
+
+# Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red,
+# green and blue, columns are brightness, blue to yellow and green to magenta. Scaled to the length
+# of the first column, and the last two 3 times as strong as in photos, where patterns look muted.
+COLOUR_CORRELATION_ROOT = np.array(
+    [[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], "float32"
+)
+BRIGHTNESS_LENGTH = np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0])
+COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "float32")
+
+
+def canvas_margin(field):
+    """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
+
+    About half of what a filter sees. Whole strides, so that the finished picture lies in the grid
+    of positions as it did here: a filter may fire at one offset and not some pixels on.
+    """
+    stride = int(max(field.stride))
+    reach = min(PATTERN_MARGIN, int(max(field.size)) // 2 + stride - 1)
+    return max(1, reach // stride) * stride
+
+
+def wave_basis(longest_wavelength, margin=0):
+    """The waves of a canvas, (waves, PATTERN_SIZE + 2 * margin), and their (waves, waves) scale.
+
+    Waves longer than the filter sees are scaled like the longest one that it sees.
+    """
+    # cos + sin of positive and negative frequencies (Hartley, 1942) span what complex waves span,
+    # with real coefficients; two small matrix products then cost less than a fast transform.
+    cycles = np.fft.fftfreq(PATTERN_SIZE, 1 / PATTERN_SIZE)
+    cycles = cycles[np.abs(cycles) <= PATTERN_SIZE / SHORTEST_WAVELENGTH]
+    pixels = np.arange(-margin, PATTERN_SIZE + margin)
+    angle = 2 * np.pi * np.outer(cycles, pixels) / PATTERN_SIZE
+    frequency = np.hypot(cycles[:, None], cycles)
+    wavelength = PATTERN_SIZE / np.maximum(frequency, PATTERN_SIZE / longest_wavelength)
+    # The square root lies between white noise, which is all speckle, and photos (1/f), which are
+    # all blotches.
+    scale = np.sqrt(wavelength / longest_wavelength)
+    scale[frequency > PATTERN_SIZE / SHORTEST_WAVELENGTH] = 0  # alike in all directions
+    scale[frequency == 0] *= FLAT_COLOUR
+    return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
+
+
+def start_noise(filters, seeds, canvas, scale):
+    """Coefficients (n, 3, waves, waves) of noise of one grey level, the same for a filter alone."""
+    shape = (3, *scale.shape)
+    noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
+    noise = np.stack(noise).astype("float32")
+    return noise / root_mean_square(waves_to_image(noise, canvas, scale)).numpy()
+
+
+def waves_to_image(coefficients, waves, scale):
+    """The sum of waves, (n, 3, waves, waves), as RGB about 0: (n, size, size, 3) float32."""
+    planes = tf.matmul(waves, tf.matmul(scale * coefficients, waves), transpose_a=True)
+    return tf.einsum("ncyx,rc->nyxr", planes, COLOURS)
+
+
+def bounded(image):
+    """The image about 0 as RGB from 8 to 247: bent towards the bounds, as cutting it off burns."""
+    return 127.5 + 119.5 * tf.tanh(image / 119.5)
+
+
+def root_mean_square(images):
+    return tf.sqrt(tf.reduce_mean(images**2, (1, 2, 3), keepdims=True)) + 1e-12
+
+
+def full_contrast(image):
+    """The image (n, size, size, 3) stretched about its mean colour, as RGB from 8 to 247."""
+    mean = tf.reduce_mean(image, (1, 2), keepdims=True)
+    return bounded(mean + PATTERN_CONTRAST * (image - mean) / root_mean_square(image - mean))
+
+
+# ---- 9. What fires a filter: its pattern beside photos -------------------------------------------
 # A pattern shows what a filter could look for, photos what it does find: for some filters the
 # patches of test photos on which they fire most, cut out at what that position sees (Zeiler and
 # Fergus, 2013). Where pattern and patches disagree, the filter has more than one meaning, or the
@@ -1747,7 +1740,7 @@ def save_examples(path, filters, patterns, rows, title):
     save_figure(path, figure, dpi=100)
 
 
-# ---- 9. Grad-CAM heatmaps: where the model found its class ---------------------------------------
+# ---- 10. Grad-CAM heatmaps: where the model found its class --------------------------------------
 # Grad-CAM asks how much each channel of a layer raises the logit of a class (the mean of its
 # gradient), and adds up the channels' feature maps with these weights: where the sum is positive,
 # something speaks for the class. It takes the logit, as the softmax is flat, and its gradient
@@ -1865,6 +1858,11 @@ def deletion_scores(model, photo, masks):
     blurred = cv2.GaussianBlur(photo, (0, 0), max(photo.shape) / 12)
     photos = np.stack([np.where(mask[..., None], blurred, photo) for mask in masks])
     return classifier(model)(photos, training=False).numpy()
+
+
+# ---- 11. Explanations: a photo, what the model says, and where it looks --------------------------
+# What is known of an explained photo stands in one place; captions are made of it, and figures are
+# rows of panels that show it.
 
 
 @dataclass(frozen=True)
@@ -2215,7 +2213,7 @@ def mistakes_caption(mistakes):
     return f"What misled the model{number}\n{compared}"
 
 
-# ---- 10. Everything drawn ------------------------------------------------------------------------
+# ---- 12. Everything drawn ------------------------------------------------------------------------
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
@@ -2594,7 +2592,7 @@ def save_figure(path, figure, dpi=100, cut=True):
         figure.savefig(partial_path, dpi=dpi, **border, pil_kwargs=jpeg)
 
 
-# ---- 11. The page: what it shows of the run ------------------------------------------------------
+# ---- 13. The page: what it shows of the run ------------------------------------------------------
 # Images/index.html is the same for every run. What it shows lies beside it: the pictures, sheets of
 # photos and activation maps, from which it cuts what one asks for, and run.js, which holds all the
 # rest as JSON. A script is the one file of data that a browser takes from any folder.
@@ -2939,7 +2937,7 @@ def copy_page(output):
             shutil.copyfile(PAGE, partial_path)
 
 
-# ---- 12. The run ---------------------------------------------------------------------------------
+# ---- 14. The run ---------------------------------------------------------------------------------
 
 
 def main():
