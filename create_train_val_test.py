@@ -118,7 +118,7 @@ def refuse_what_is_no_set_of_classes(source, classes, folders):
 
 
 def examine(photo, source, folder, link):
-    """Copy the photo from `source` into `folder` if it decodes in full; note what was found."""
+    """Copy or link the photo into `folder` if it decodes in full; note what was found."""
     path, target = source / photo.source, folder / photo.source
     try:
         if is_hidden(path.name):
@@ -152,7 +152,10 @@ def examine(photo, source, folder, link):
 
 MAX_DISTANCE = 6  # bits; holds 98 to 100 % of copies after a usual change of size, quality or tint
 MIN_CORRELATION = 0.8
-THUMBNAIL = (36, 32)  # width and height in pixels: four for each of the 9 × 8 places of the hash
+THUMBNAIL = (
+    36,
+    32,
+)  # width and height in pixels: four a side for each of the 9 × 8 places of the hash
 MIN_EDGE = 2.0  # grey levels of 255; weaker edges do not tell a plain picture from another
 REACH = 64  # neighbours to compare in a crowded bucket; more would take quadratic time
 # The same scene shot twice, or cut a little closer, is the same picture too.
@@ -166,8 +169,8 @@ MIN_CORRELATION_OF_SOFT = 0.97
 def find_copies(photos, only_identical=False):
     """Bring copies together and number their groups, and find label conflicts among them.
 
-    A group is one picture and what looks the same as that one. Had only each to look like the next,
-    the frames of a video or a thousand handwritten digits would all be copies of each other.
+    A group is one picture and what looks the same as that one, not a chain of pictures each of which
+    looks like the next: so the frames of a video would all be copies of each other.
     """
     same_bytes = {}
     for photo in photos:
@@ -232,7 +235,7 @@ def similar_pairs(hashes):
     are compared.
     """
     count, found = len(hashes), []
-    by_value = np.argsort(hashes)  # so that the most alike are neighbours in every bucket
+    by_value = np.argsort(hashes)  # so that equal ones are neighbours in every bucket
     hash_bytes = hashes[by_value].view(np.uint8).reshape(count, 8)
     for choice in itertools.combinations(range(8), 2):
         buckets = np.ascontiguousarray(hash_bytes[:, choice]).view(np.uint16).ravel()
@@ -342,7 +345,7 @@ def deal(groups, free):
     """Deal groups of photos out to the splits, of which `free` tells the number of places.
 
     Groups go, largest first, where most places are free: copies mostly into train, and single
-    photos fill each split to exactly its size. The last ones go where there is nothing yet.
+    photos fill each split up to its size. The last ones go where there is nothing yet.
     """
     groups, empty = sorted(groups, key=len), list(SPLITS)
     while groups:
@@ -613,7 +616,8 @@ class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
 def run(main):
     """Call main(), and end the process with a message and an exit code where it does not succeed.
 
-    The code is 1 after an I/O failure, 2 on bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    The code is 1 after an I/O or runtime failure, 2 on bad input, 130 after Ctrl-C, 143 after
+    SIGTERM.
     """
     open_missing_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a photo is said by name

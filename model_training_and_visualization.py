@@ -6,7 +6,7 @@
 The sections follow a run: 1 photos, 2 model, 3 training, 4 evaluation; then what can be seen in any
 convolutional classifier: 5 its layers, 6 activation grids, 7 filter patterns and 8 the waves that
 they are made of, 9 what fires a filter, 10 Grad-CAM heatmaps, 11 explanations of photos; at last
-12 everything drawn, 13 the page, 14 the command line. Three functions work on their own, for any
+12 everything drawn, 13 the page, 14 the run. Three functions work on their own, for any
 functional or Sequential Keras classifier that takes 0–255 RGB, and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
@@ -61,7 +61,8 @@ AUGMENTATION = {
     "height_shift_range": 0.2,
     "horizontal_flip": True,
 }
-GRID_CONVOLUTIONS = (1, 4, 9)  # in the order of the graph, counted from 1
+# In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
+GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
 DELETED_FRACTION = 0.2  # of a photo, blurred away to see what its heatmap is worth
 
@@ -122,7 +123,7 @@ def parse_options():
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="the highest one (default: 3e-4; from scratch 5e-4)",
+        help="the highest one, but for the head (default: 3e-4; from scratch 5e-4)",
     )
     add("--mixed-precision", action="store_true", help="half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
@@ -480,13 +481,13 @@ def with_top(base, class_count):
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of epochs in which the layers from a block up learn at one learning rate."""
+    """A stretch of epochs in which the layers from a block up learn."""
 
     name: str
     start_epoch: int  # counted from 0
     end_epoch: int  # the first that no longer belongs to it
     freeze_below: str  # a block; "head": only the head learns; "none": everything does
-    learning_rate: float
+    learning_rate: float  # with a cosine the highest one
     cosine: bool  # the rate warms up and falls to 0 along a cosine
     batch_statistics: bool = True  # BatchNormalization learns, on each batch's mean and variance
 
@@ -510,12 +511,11 @@ def training_phases(epochs, weights, freeze_below, learning_rate=None):
 
 
 def freeze(model, phase):
-    """Let the layers that the phase names learn, and no others.
+    """Let the layers that the phase names learn, and no others; BatchNormalization only on demand.
 
-    A frozen BatchNormalization scales by the moving mean and variance that came with the weights,
-    in training as in validation, and on such features the head learns. Were the blocks above to go
-    over to the statistics of each batch when they are unfrozen, every feature would change, and
-    what the head has learnt would be thrown away.
+    Frozen, it scales by the moving mean and variance that came with the weights, in training as in
+    validation. In every phase but "scratch" it stays so: the head learns on features that are
+    scaled that way, and would have to learn again if they changed when the blocks are unfrozen.
     """
     below = phase.freeze_below
     poolings = [layer for layer in model.layers if isinstance(layer, layers.MaxPooling2D)]
@@ -547,7 +547,7 @@ def compile_for(model, phase, steps_per_epoch):
         )
     optimizer = keras.optimizers.Adam(rate)
     model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
-    # Optimizer and metrics make their variables now: in the first step they would trace it twice.
+    # Optimizer and metrics make their variables now; in the first step that would trace it twice.
     model.optimizer.build(model.trainable_variables)
     nothing = np.zeros((1, *model.output_shape[1:]), "float32")
     model.compute_metrics(None, nothing, nothing)
@@ -925,7 +925,7 @@ def layer_outputs(model):
 
 @lru_cache(maxsize=8)  # to build it takes as long as to run it
 def feature_extractor(model, layer_names, any_size=False):
-    """A model from (n, height, width, 3) RGB, 0–255, to the outputs of some layers, as a list.
+    """A model from (n, height, width, 3) RGB, 0–255, to the outputs of some layers.
 
     layer_names: a tuple. any_size: for images of any size, in place of the model's own. Raises Stop
     for a layer that the model lacks.
@@ -1340,14 +1340,17 @@ def save_relu(path):
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     x = np.linspace(-5, 5, 201)
     axes.plot(x, np.maximum(0, x), linewidth=4)
-    axes.set(title="ReLU(x) = max(0, x)", xlabel="x, the convolution's output", ylabel="activation")
+    axes.set(
+        title="ReLU(x) = max(0, x)", xlabel="x, the normalized convolution", ylabel="activation"
+    )
     save_figure(path, axes.figure)
 
 
 # ---- 7. Filter patterns: what each filter looks for ----------------------------------------------
 # Each filter gets an image of its own, faint noise at first, that follows the gradient of the
 # filter's mean activation upwards: it becomes what the filter looks for ("Feature Visualization",
-# Olah et al., 2017).
+# Olah et al., 2017). Followed is the convolution's own output, as a dead ReLU passes no gradient;
+# whether the filter fires is told by the activation after it.
 
 FILTERS_DRAWN = 64  # of a convolution, the first ones
 PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
@@ -1511,8 +1514,9 @@ COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "flo
 def canvas_margin(field):
     """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
 
-    About half of what a filter sees. Whole strides, so that the finished picture lies in the grid
-    of positions as it did here: a filter may fire at one offset and not some pixels on.
+    About half of what a filter sees, at most PATTERN_MARGIN. Whole strides, so that the finished
+    picture lies in the grid of positions as it did here: a filter may fire at one offset and not
+    some pixels on.
     """
     stride = int(max(field.stride))
     reach = min(PATTERN_MARGIN, int(max(field.size)) // 2 + stride - 1)
@@ -1851,8 +1855,8 @@ def deletion_scores(model, photo, masks):
     """Probabilities (masks, classes) of a (height, width, 3) photo with each mask blurred away.
 
     One step of the deletion game of RISE (Petsiuk et al., 2018): a heatmap is worth something if
-    the probability falls further without what it marks than without as large a part that anyone
-    would have guessed.
+    the probability falls further when what it marks is blurred than when a part of the same size
+    in the middle is.
     """
     photo = photo.astype("float32")
     blurred = cv2.GaussianBlur(photo, (0, 0), max(photo.shape) / 12)
@@ -2167,11 +2171,11 @@ def draw_blocks(output, model, explanation):
     yield Picture("CAM_layers.jpg", caption)
 
 
-def contrast_heatmaps(model, photo, layer_name, class_index, contrast_index):
-    """Grad-CAM of a class, of a contrast class, and the difference: (3, h, w) float32."""
-    one = grad_cam(model, photo, layer_name, class_index)
-    other = grad_cam(model, photo, layer_name, contrast_index)
-    return np.stack([one, other, one - other])
+def contrast_heatmaps(model, photo, layer_name, first_class, second_class):
+    """Grad-CAM of two classes, and the first minus the second: (3, h, w) float32."""
+    first = grad_cam(model, photo, layer_name, first_class)
+    second = grad_cam(model, photo, layer_name, second_class)
+    return np.stack([first, second, first - second])
 
 
 def draw_mistakes(output, model, explanations):
@@ -2217,7 +2221,7 @@ def mistakes_caption(mistakes):
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
-HEATMAP_CLASSES = 2  # of every photo, the most probable ones; the true class comes on top
+HEATMAP_CLASSES = 2  # of every photo, the most probable ones; the true class is added
 SHARES = {  # of the drawing time, roughly
     "layers": 2,
     "filters": 9,
@@ -2233,7 +2237,8 @@ SHARES = {  # of the drawing time, roughly
 class Survey:
     """What one pass over n photos found: own ones first, then those of the test.
 
-    The k classes of a photo are the most probable ones, and then the true one if it is known.
+    The k classes of a photo are the most probable ones, and then the true one, or where that is
+    not known the first once more.
     """
 
     paths: list
@@ -2403,7 +2408,10 @@ def explain_photos(model, survey, evaluation, class_names):
 
 
 def draw_pictures(output, model, survey, evaluation, explanations, record, seed, progress):
-    """Draw all pictures but those of the page alone: {what they show, see SHARES: [Picture]}."""
+    """Draw all pictures but those of the page alone: {what they show, see SHARES: [Picture]}.
+
+    The draw_… functions are generators: each picture is drawn when it is asked for, in this order.
+    """
     examples = explanations[survey.own :]
     shown = explanations[: survey.own] or examples[:3]
     parts = {"layers": draw_grids(output, model, shown[0])}
@@ -3065,7 +3073,7 @@ def names_without_history(data, count):
 
 
 def train_and_save(options):
-    """Train, and save the model of the best epoch, with all that open_saved returns."""
+    """Train, and save the model of the best epoch. Returns what open_saved returns."""
     require_writable(options.model.parent)
     size = (options.image_size, options.image_size)
     splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
