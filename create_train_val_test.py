@@ -169,8 +169,8 @@ MIN_CORRELATION_OF_SOFT = 0.97
 def find_copies(photos, only_identical=False):
     """Bring copies together and number their groups, and find label conflicts among them.
 
-    A group is one picture and what looks the same as that one, not a chain of pictures each of which
-    looks like the next: so the frames of a video would all be copies of each other.
+    A group is one picture and what looks the same as that one, not a chain in which each looks like
+    the next: in that way all frames of a video would be copies of each other.
     """
     same_bytes = {}
     for photo in photos:
