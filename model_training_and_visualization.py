@@ -342,8 +342,10 @@ def open_split(folder, size, batch_size, seed=0, generator=None):
 
 def split_command(folder):
     """The command that fills the folder with train, validation and test."""
-    script = "create_train_val_test.py"
-    return pasteable("python", script, "PHOTOS", "--output", os.fspath(folder), "--overwrite")
+    words = ["python", "create_train_val_test.py", "PHOTOS", "--output", os.fspath(folder)]
+    if any((folder / name).exists() for name in SPLITS):
+        words.append("--overwrite")
+    return pasteable(*words)
 
 
 def open_all_splits(data, size, batch_size, seed):

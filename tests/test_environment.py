@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import keras
@@ -343,16 +342,3 @@ def test_a_model_is_drawn_in_float32_however_it_was_saved(policy, head, tmp_path
     np.testing.assert_allclose(probabilities, expected, atol=0.01)
     heatmap = study.grad_cam(loaded, photo, "maps_3", 1)
     assert heatmap.dtype == np.float32 and np.isfinite(heatmap).all()
-
-
-def test_a_confusion_matrix_of_200_classes_takes_seconds_and_fits_a_screen(tmp_path):
-    classes = 200
-    labels = np.repeat(np.arange(classes), 10)
-    predicted = (labels + np.random.default_rng(0).integers(0, 2, len(labels)) * 7) % classes
-    names = [f"the {k}th of many flowers" for k in range(classes)]
-    evaluation = study.Evaluation(names, labels, np.eye(classes)[predicted])
-    started = time.process_time()
-    study.save_confusion_matrix(tmp_path / "matrix.png", evaluation)
-    assert time.process_time() - started < 5
-    width, height = Image.open(tmp_path / "matrix.png").size
-    assert 1000 < width < 5000 and 1000 < height < 5000
