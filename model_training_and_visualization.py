@@ -196,7 +196,8 @@ import tensorflow as tf
 from keras import layers
 from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from PIL import Image
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
@@ -1077,6 +1078,12 @@ def block_layers(model, most=11):
     return [names[index] for index in chosen]
 
 
+def heatmap_layers(model):
+    """The ends of the blocks, and at last the layer whose heatmap every photo has."""
+    last = heatmap_layer(model)
+    return [*(name for name in block_layers(model) if name != last), last]
+
+
 @dataclass(frozen=True)
 class ReceptiveField:
     """Where a layer's positions look, in pixels of the model's input: (rows, columns) each."""
@@ -1392,7 +1399,7 @@ def filter_patterns(model, layer_name, filters, seed=0, on_progress=None):
         silent = np.flatnonzero(~fires)
         for start in range(0, len(silent), FILTERS_AT_ONCE):
             piece = silent[start : start + FILTERS_AT_ONCE]
-            noise = start_noise(filters[piece], (seed, attempt), canvas, scale)
+            noise = start_noise(filters[piece], (seed, attempt), scale)
             coefficients = tf.constant(strength * noise)
             momentum = tf.zeros_like(coefficients)
             with bfloat16_where_fast():
@@ -1453,8 +1460,7 @@ def ascent_step(extractor, field, waves, scale, margin):
             # The sum leaves each image its own gradient: none has a part in another's mean.
             activation = tf.reduce_sum(tf.gather(means, filters, axis=1, batch_dims=1))
         momentum = PATTERN_MOMENTUM * momentum + tape.gradient(activation, coefficients)
-        change = root_mean_square(waves_to_image(momentum, waves, scale))
-        return coefficients + PATTERN_RATE * momentum / change, momentum
+        return coefficients + PATTERN_RATE * momentum / wave_strength(momentum, scale), momentum
 
     return step
 
@@ -1546,12 +1552,22 @@ def wave_basis(longest_wavelength, margin=0):
     return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
 
 
-def start_noise(filters, seeds, canvas, scale):
+def start_noise(filters, seeds, scale):
     """Coefficients (n, 3, waves, waves) of noise of one grey level, the same for a filter alone."""
     shape = (3, *scale.shape)
     noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
     noise = np.stack(noise).astype("float32")
-    return noise / root_mean_square(waves_to_image(noise, canvas, scale)).numpy()
+    return noise / wave_strength(noise, scale).numpy()
+
+
+def wave_strength(coefficients, scale):
+    """Root mean square of the images that waves add up to, in grey levels: (n, 1, 1, 1).
+
+    As the waves are orthogonal, no image need be drawn for it (Parseval's theorem).
+    """
+    colours = tf.einsum("ncyx,rc->nryx", scale * coefficients, COLOURS)
+    squares = tf.reduce_sum(colours**2, (2, 3), keepdims=True)
+    return tf.sqrt(tf.reduce_mean(squares, 1, keepdims=True)) + 1e-12
 
 
 def waves_to_image(coefficients, waves, scale):
@@ -1565,14 +1581,11 @@ def bounded(image):
     return 127.5 + 119.5 * tf.tanh(image / 119.5)
 
 
-def root_mean_square(images):
-    return tf.sqrt(tf.reduce_mean(images**2, (1, 2, 3), keepdims=True)) + 1e-12
-
-
 def full_contrast(image):
     """The image (n, size, size, 3) stretched about its mean colour, as RGB from 8 to 247."""
     mean = tf.reduce_mean(image, (1, 2), keepdims=True)
-    return bounded(mean + PATTERN_CONTRAST * (image - mean) / root_mean_square(image - mean))
+    variance = tf.reduce_mean((image - mean) ** 2, (1, 2, 3), keepdims=True)
+    return bounded(mean + PATTERN_CONTRAST * (image - mean) / (tf.sqrt(variance) + 1e-12))
 
 
 # ---- 9. What fires a filter: its pattern beside photos -------------------------------------------
@@ -1600,8 +1613,8 @@ def filter_peaks(model, paths, layer_names):
     """{layer: Peaks} of its first filters, from one pass over the photos."""
     found = {name: [] for name in layer_names}
     for photos in pixel_batches(model, paths):
-        outputs = layer_activations(model, photos, tuple(layer_names))
-        for name, activation in zip(layer_names, outputs, strict=True):
+        outputs = feature_extractor(model, tuple(layer_names))(photos, training=False)
+        for name, activation in zip(layer_names, tf.nest.flatten(outputs), strict=True):
             found[name].append(peaks_of(activation[..., :FILTERS_DRAWN]))
     return {name: joined_peaks(parts) for name, parts in found.items()}
 
@@ -1622,11 +1635,11 @@ def joined_peaks(parts):
 
 
 def peaks_of(activation):
-    """The Peaks of feature maps (n, h, w, channels)."""
+    """The Peaks of feature maps, a tensor (n, h, w, channels)."""
     count, height, width, channels = activation.shape
-    flat = activation.reshape(count, height * width, channels)
-    places = np.stack(np.unravel_index(flat.argmax(1), (height, width)), axis=-1)
-    return Peaks(flat.max(1), places)
+    flat = tf.reshape(activation, (count, height * width, channels))
+    places = np.unravel_index(tf.argmax(flat, axis=1).numpy(), (height, width))
+    return Peaks(tf.reduce_max(flat, axis=1).numpy(), np.stack(places, axis=-1))
 
 
 def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
@@ -1763,22 +1776,14 @@ def grad_cam(model, photo, layer_name, class_index):
     scaled nor enlarged; all 0 where nothing speaks for the class. Selvaraju et al., "Grad-CAM"
     (2017). Raises Stop for a layer that the model lacks.
     """
-    if layer_name != heatmap_layer(model):
-        return grad_cam_by_layer(model, photo, (layer_name,), class_index)[0]
-    # What comes before the last layer with positions needs no gradient: less than half the time.
-    extractor = feature_extractor(model, (layer_name,))
-    feature_maps = extractor(as_batch(model, photo), training=False)
-    (heatmaps,) = batch_grad_cam(
-        partial(maps_and_logits, model), feature_maps, np.array([[class_index]])
-    )
+    inputs = as_batch(model, photo)
+    forward = partial(features_and_logits(model, (layer_name,)), training=False)
+    if layer_name == heatmap_layer(model):
+        # What comes before this layer needs no gradient: less than half the time.
+        inputs = feature_extractor(model, (layer_name,))(inputs, training=False)
+        forward = partial(maps_and_logits, model)
+    (heatmaps,) = batch_grad_cam(forward, inputs, np.array([[class_index]]))
     return heatmaps[0, 0]
-
-
-def grad_cam_by_layer(model, photo, layer_names, class_index):
-    """Grad-CAM heatmaps of a class at several layers, from one pass: a list of (h, w) float32."""
-    forward = partial(features_and_logits(model, tuple(layer_names)), training=False)
-    heatmaps = batch_grad_cam(forward, as_batch(model, photo), np.array([[class_index]]))
-    return [of_layer[0, 0] for of_layer in heatmaps]
 
 
 def batch_grad_cam(forward, inputs, classes):
@@ -1873,7 +1878,7 @@ def deletion_scores(model, photo, masks):
 
 @dataclass(frozen=True)
 class Explanation:
-    """A photo, what the model predicts for it, and the Grad-CAM heatmap of one class."""
+    """A photo, what the model predicts for it, and where it looks for the classes in question."""
 
     name: str
     photo: np.ndarray  # (height, width, 3) uint8 RGB
@@ -1881,12 +1886,28 @@ class Explanation:
     class_names: list
     probabilities: np.ndarray  # (classes,)
     true_index: int | None  # None: not known
-    class_index: int  # the class explained: the true one, or where not known the predicted one
-    heatmap: np.ndarray  # (h, w) of that class at the model's last layer with positions
+    # {layer: {class index: (h, w) Grad-CAM heatmap}}, the model's last layer with positions at last
+    heatmaps: dict
+    deletion: tuple | None = None  # see deletion_of; None where the heatmap is empty
 
     @property
     def predicted_index(self):
         return int(self.probabilities.argmax())
+
+    @property
+    def class_index(self):
+        """The class explained: the true one, or where that is not known the predicted one."""
+        return self.predicted_index if self.true_index is None else self.true_index
+
+    @property
+    def heatmap(self):
+        """The (h, w) heatmap of the class explained, at the model's last layer with positions."""
+        return list(self.heatmaps.values())[-1][self.class_index]
+
+    @property
+    def contrast_heatmap(self):
+        """The (h, w) heatmap of the most probable of the other classes, at the same layer."""
+        return list(self.heatmaps.values())[-1][self.contrast_index]
 
     @property
     def contrast_index(self):
@@ -1931,42 +1952,66 @@ def percent(share):
     return f"{100 * share:.0f} %"
 
 
-def explain(model, path, name, class_names, true_index=None, probabilities=None):
-    """The Explanation of a photo for its true class, or where not known for its predicted one."""
-    pixels = model_input(path, *input_size(model))
-    if probabilities is None:
-        probabilities = classifier(model)(pixels[None].astype("float32"), training=False)[0].numpy()
-    class_index = int(probabilities.argmax() if true_index is None else true_index)
-    heatmap = grad_cam(model, pixels, heatmap_layer(model), class_index)
-    return Explanation(
-        name=printable(name),
-        photo=read_photo(path),
-        pixels=pixels,
-        class_names=[printable(class_name) for class_name in class_names],
-        probabilities=probabilities,
-        true_index=None if true_index is None else int(true_index),
-        class_index=class_index,
-        heatmap=heatmap,
-    )
+def explain(model, paths, names, class_names, labels):
+    """The Explanations of some photos, from one pass over them.
+
+    labels: true class indices, -1 where not known.
+    """
+    layer_names = tuple(heatmap_layers(model))
+    photos = [model_input(path, *input_size(model)) for path in paths]
+    inputs = tf.constant(np.stack(photos), tf.float32)
+    probabilities = classifier(model)(inputs, training=False).numpy()
+    classes = classes_in_question(probabilities, labels)
+    forward = partial(features_and_logits(model, layer_names), training=False)
+    heatmaps = batch_grad_cam(forward, inputs, classes)
+    explanations = [
+        Explanation(
+            name=printable(names[k]),
+            photo=read_photo(paths[k]),
+            pixels=photos[k],
+            class_names=[printable(class_name) for class_name in class_names],
+            probabilities=probabilities[k],
+            true_index=None if labels[k] < 0 else int(labels[k]),
+            heatmaps={
+                layer: dict(zip(classes[k].tolist(), of_layer[k], strict=True))
+                for layer, of_layer in zip(layer_names, heatmaps, strict=True)
+            },
+        )
+        for k in range(len(paths))
+    ]
+    return [replace(it, deletion=deletion_of(model, it)) for it in explanations]
 
 
-def deletion(model, explanation):
-    """The class's probability as the photo is, without the hottest part, without a central part."""
+def classes_in_question(probabilities, labels):
+    """(n, 3) class indices for each photo: the two most probable ones, then the true one.
+
+    labels: true class indices; where one is -1, not known, the most probable stands for it.
+    """
+    probable = np.argsort(-probabilities, axis=1)[:, :2]
+    return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
+
+
+def deletion_of(model, explanation):
+    """The class's probability as the photo is, without the hottest part, without a central part.
+
+    None where the heatmap is empty.
+    """
+    if not explanation.heatmap.any():
+        return None
     size, index = explanation.pixels.shape[:2], explanation.class_index
     field = receptive_fields(model)[heatmap_layer(model)]
     hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
     central = top_fraction(centred_blob(size))
     scores = deletion_scores(model, explanation.pixels, [hottest, central])[:, index]
-    return [float(value) for value in (explanation.probabilities[index], *scores)]
+    return float(explanation.probabilities[index]), *map(float, scores)
 
 
-def deletion_caption(model, explanation):
+def deletion_caption(explanation):
     """What the heatmap is worth on this photo, in words; see deletion_scores."""
     name = explanation.class_name
-    if not explanation.heatmap.any():
+    if explanation.deletion is None:
         return f"Nothing speaks for {name}: the heatmap is empty."
-    scores = deletion(model, explanation)
-    before, without_hottest, without_central = (f"{score:.2f}" for score in scores)
+    before, without_hottest, without_central = (f"{score:.2f}" for score in explanation.deletion)
     better = float(without_hottest) < float(without_central)
     judgement = "Better than a guess here." if better else "No better than a guess here."
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
@@ -2096,7 +2141,10 @@ def shorten(word, inches):
 @lru_cache(maxsize=1000)
 def text_width(text):
     """The width in inches of a line in the size of the titles."""
-    return TextPath((0, 0), text, size=14).get_extents().width / 72 if text.strip() else 0.0
+    if not text:
+        return 0.0
+    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=14), False)
+    return width / 72
 
 
 @figure_style
@@ -2134,9 +2182,7 @@ def draw_heatmaps(output, model, explanations):
     field = receptive_fields(model)[layer]
     for number, explanation in enumerate(explanations, start=1):
         heatmap, name = explanation.heatmap, explanation.class_name
-        caption = (
-            f"{explanation.name}: {explanation.verdict}.\n{deletion_caption(model, explanation)}"
-        )
+        caption = f"{explanation.name}: {explanation.verdict}.\n{deletion_caption(explanation)}"
         height, width = heatmap.shape
         panels = [
             Panel(explanation, "the photo"),
@@ -2155,12 +2201,10 @@ def draw_heatmaps(output, model, explanations):
 
 def draw_blocks(output, model, explanation):
     """Draw one photo's heatmaps block by block, each as a share of its own highest value."""
-    names = tuple(block_layers(model))
-    index, fields = explanation.class_index, receptive_fields(model)
+    fields = receptive_fields(model)
     panels = [Panel(explanation, "the photo")]
-    for name, heatmap in zip(
-        names, grad_cam_by_layer(model, explanation.pixels, names, index), strict=True
-    ):
+    for name in block_layers(model):
+        heatmap = explanation.heatmaps[name][explanation.class_index]
         height, width = heatmap.shape
         peak = f"peak {heatmap.max():.2g}" if heatmap.any() else "empty"
         title = f"{name}, {height} × {width}\n{peak}"
@@ -2173,13 +2217,6 @@ def draw_blocks(output, model, explanation):
     yield Picture("CAM_layers.jpg", caption)
 
 
-def contrast_heatmaps(model, photo, layer_name, first_class, second_class):
-    """Grad-CAM of two classes, and the first minus the second: (3, h, w) float32."""
-    first = grad_cam(model, photo, layer_name, first_class)
-    second = grad_cam(model, photo, layer_name, second_class)
-    return np.stack([first, second, first - second])
-
-
 def draw_mistakes(output, model, explanations):
     """Draw for up to three mistakes the heatmaps of the predicted and the true class, compared.
 
@@ -2189,12 +2226,10 @@ def draw_mistakes(output, model, explanations):
     shown = mistakes or explanations[-3:]
     layer = heatmap_layer(model)
     field = receptive_fields(model)[layer]
-    maps = [
-        contrast_heatmaps(model, it.pixels, layer, it.contrast_index, it.class_index)
-        for it in shown
-    ]
-    rows = []
-    for it, heatmaps in zip(shown, maps, strict=True):
+    rows, peak = [], 0
+    for it in shown:
+        heatmaps = it.contrast_heatmap, it.heatmap, it.contrast_heatmap - it.heatmap
+        peak = max(peak, *(np.abs(heatmap).max() for heatmap in heatmaps))
         class_name, contrast_name = it.class_name, it.contrast_name
         titles = f"for {contrast_name}", f"for {class_name}", f"{contrast_name} minus\n{class_name}"
         row = [Panel(it, it.verdict.replace("; ", ";\n"))]
@@ -2203,7 +2238,7 @@ def draw_mistakes(output, model, explanations):
             row.append(Panel(it, title, heatmap, field))
         rows.append(row)
     caption = mistakes_caption(mistakes)
-    norm = CenteredNorm(0, np.abs(maps).max() or 1)
+    norm = CenteredNorm(0, peak or 1)
     label = f"Grad-CAM at {layer}; 0: nothing"
     save_panels(output / "CAM_mistakes.jpg", rows, caption, label, norm, ACTIVATION_COLOURS)
     yield Picture("CAM_mistakes.jpg", caption)
@@ -2223,7 +2258,7 @@ def mistakes_caption(mistakes):
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
-HEATMAP_CLASSES = 2  # of every photo, the most probable ones; the true class is added
+EXPLAINED_AT_ONCE = 4  # photos; their feature maps of all layers are in memory together
 SHARES = {  # of the drawing time, roughly
     "layers": 2,
     "filters": 9,
@@ -2307,12 +2342,10 @@ def survey_batch(model, pixels, labels, layer_names):
     feature_maps, *activations = traced_extractor(model, layer_names)(pixels)
     forward = partial(maps_and_logits, model)
     probabilities = tf.nn.softmax(forward(feature_maps)[1]).numpy()
-    classes = np.argsort(-probabilities, axis=1)[:, :HEATMAP_CLASSES]
-    true_classes = np.where(labels < 0, classes[:, 0], labels)
-    classes = np.column_stack([classes, true_classes])
+    classes = classes_in_question(probabilities, labels)
     # From the last layer with positions on: nothing before it need be computed again.
     (heatmaps,) = batch_grad_cam(forward, feature_maps, classes)
-    return probabilities, classes, heatmaps, [peaks_of(it.numpy()) for it in activations]
+    return probabilities, classes, heatmaps, [peaks_of(it) for it in activations]
 
 
 @lru_cache(maxsize=2)  # to trace it takes longer than to run it
@@ -2396,17 +2429,13 @@ def explain_photos(model, survey, evaluation, class_names):
     numbers = list(range(survey.own))
     if evaluation:
         numbers += [survey.own + index for index in choose_examples(evaluation)[:4]]
-    return {
-        k: explain(
-            model,
-            survey.paths[k],
-            survey.name(k),
-            class_names,
-            None if survey.labels[k] < 0 else survey.labels[k],
-            survey.probabilities[k],
-        )
-        for k in numbers
-    }
+    explained = {}
+    for start in range(0, len(numbers), EXPLAINED_AT_ONCE):
+        some = numbers[start : start + EXPLAINED_AT_ONCE]
+        paths, names = [survey.paths[k] for k in some], [survey.name(k) for k in some]
+        explanations = explain(model, paths, names, class_names, survey.labels[some])
+        explained |= zip(some, explanations, strict=True)
+    return explained
 
 
 def draw_pictures(output, model, survey, evaluation, explanations, record, seed, progress):
@@ -2693,9 +2722,7 @@ def page_facts(output, model, survey, explained, drawn, progress):
     photos = []
     for index, (k, ratio) in enumerate(zip(stored, ratios, strict=True)):
         photo = {"ratio": ratio, "listed": index < listed} | photo_entry(survey, k)
-        photos.append(
-            photo | (block_entries(model, survey, k, explained) if k in explained else {})
-        )
+        photos.append(photo | (explanation_entries(explained[k]) if k in explained else {}))
     filters = []
     for picture in filter(has_sheet, drawn["filters"]):
         filters.append(filter_entry(output, model, survey, explained, stored, picture))
@@ -2744,7 +2771,9 @@ def photo_entry(survey, number):
         "own": label < 0,
         "true": None if label < 0 else label,
         "probabilities": probability_entries(survey.probabilities[number], label),
-        "heatmaps": heatmap_entries(survey.classes[number], [survey.heatmaps[number]]),
+        "heatmaps": heatmap_entries(
+            [dict(zip(survey.classes[number].tolist(), survey.heatmaps[number], strict=True))]
+        ),
     }
 
 
@@ -2755,13 +2784,14 @@ def probability_entries(probabilities, label):
     return [[k, round(float(probabilities[k]), 4)] for k in kept]
 
 
-def heatmap_entries(classes, heatmaps):
-    """The entries of a photo's (k,) classes and their heatmaps, a (k, h, w) for each layer."""
-    entries = {}
-    for rank, class_index in enumerate(classes.tolist()):
-        maps, peaks = zip(*(encoded_heatmap(of_layer[rank]) for of_layer in heatmaps), strict=True)
-        entries[class_index] = {"class": class_index, "peaks": peaks, "maps": maps}
-    return list(entries.values())
+def heatmap_entries(layers_heatmaps):
+    """The entries of a photo's classes, from {class index: (h, w) heatmap} for each layer."""
+    entries = []
+    for class_index in layers_heatmaps[0]:
+        encoded = [encoded_heatmap(of_layer[class_index]) for of_layer in layers_heatmaps]
+        maps, peaks = zip(*encoded, strict=True)
+        entries.append({"class": class_index, "peaks": peaks, "maps": maps})
+    return entries
 
 
 def encoded_heatmap(heatmap):
@@ -2771,28 +2801,18 @@ def encoded_heatmap(heatmap):
     return base64.b64encode(shares.tobytes()).decode(), float(f"{peak:.4g}")
 
 
-def heatmap_layers(model):
-    """The ends of the blocks, and at last the layer whose heatmap every photo has."""
-    last = heatmap_layer(model)
-    return [*(name for name in block_layers(model) if name != last), last]
-
-
 def layer_entry(model, name):
     """How many positions a layer has, and where they look."""
     height, width = layer_outputs(model)[name].shape[1:3]
     return {"layer": name, "height": height, "width": width} | asdict(receptive_fields(model)[name])
 
 
-def block_entries(model, survey, number, explained):
+def explanation_entries(explanation):
     """The heatmaps of an explained photo at all blocks, and what its own one is worth."""
-    explanation, classes = explained[number], survey.classes[number]
-    layer_names = tuple(heatmap_layers(model))
-    forward = partial(features_and_logits(model, layer_names), training=False)
-    heatmaps = batch_grad_cam(forward, as_batch(model, explanation.pixels), classes[None])
-    entries = {"heatmaps": heatmap_entries(classes, [of_layer[0] for of_layer in heatmaps])}
-    if explanation.heatmap.any():
+    entries = {"heatmaps": heatmap_entries(list(explanation.heatmaps.values()))}
+    if explanation.deletion:
         names = ("before", "without_top", "without_centre")
-        scores = [round(score, 4) for score in deletion(model, explanation)]
+        scores = [round(score, 4) for score in explanation.deletion]
         entries["deletion"] = {"class": explanation.class_index, "fraction": DELETED_FRACTION}
         entries["deletion"] |= dict(zip(names, scores, strict=True))
     return entries

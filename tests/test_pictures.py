@@ -35,8 +35,11 @@ RED_OR_GREEN = [[4, 0], [0, 4]]
 RED, GREEN = np.array([[8, 4], [0, 2]]), np.array([[0, 4], [8, 0]])
 
 
-def explanation(photo=PHOTO, **facts):
-    """An explanation of a photo that is a rose, and taken for a tulip."""
+def explanation(photo=PHOTO, heatmaps=(1, 1, 1), **facts):
+    """An explanation of a photo that is a rose, and taken for a tulip.
+
+    heatmaps: of each class, at the only layer.
+    """
     known = {
         "name": "rose/a.jpg",
         "photo": photo,
@@ -44,8 +47,9 @@ def explanation(photo=PHOTO, **facts):
         "class_names": ["daisy", "rose", "tulip"],
         "probabilities": np.array([0.02, 0.29, 0.69]),
         "true_index": 1,
-        "class_index": 1,
-        "heatmap": np.ones((2, 2), "float32"),
+        "heatmaps": {
+            "maps": {k: np.zeros((2, 2), "float32") + it for k, it in enumerate(heatmaps)}
+        },
     }
     return study.Explanation(**(known | facts))
 
@@ -187,9 +191,9 @@ def test_the_verdict_names_classes_with_their_own_probabilities():
     mistaken = explanation()
     assert mistaken.verdict == "It says tulip, 69 %; it is a rose, 29 %"
     assert mistaken.is_mistake and mistaken.contrast_name == "tulip"
-    correct = explanation(true_index=2, class_index=2)
+    correct = explanation(true_index=2)
     assert correct.verdict == "It says tulip, 69 %, and is right" and not correct.is_mistake
-    unknown = explanation(true_index=None, class_index=2)
+    unknown = explanation(true_index=None)
     assert unknown.verdict == "It says tulip, 69 %; rose, 29 %" and not unknown.is_mistake
 
 
@@ -198,18 +202,21 @@ def test_a_photo_of_unknown_class_is_explained_for_the_predicted_one(tmp_path):
     photo[0, 0] = (0, 200, 0)
     Image.fromarray(photo).save(tmp_path / "green.png")
     model = two_channel_model(RED_OR_GREEN)
-    found = study.explain(model, tmp_path / "green.png", "green.png", ["red", "green"])
+    twice = [tmp_path / "green.png"] * 2, ["green.png", "again"], ["red", "green"]
+    found, known = study.explain(model, *twice, labels=[-1, 0])
     assert (found.class_name, found.contrast_name, found.true_index) == ("green", "red", None)
     np.testing.assert_allclose(found.heatmap, [[200, 0], [0, 0]], atol=1e-3)
-    known = study.explain(model, tmp_path / "green.png", "green.png", ["red", "green"], 0)
+    np.testing.assert_array_equal(known.contrast_heatmap, found.heatmap)
     assert known.class_name == "red" and known.is_mistake and not known.heatmap.any()
+    assert (found.name, known.name) == ("green.png", "again") and known.deletion is None
 
 
 def test_the_caption_tells_hottest_from_central_and_whether_the_heatmap_beats_a_guess(monkeypatch):
     photo = np.zeros((40, 40, 3), "uint8")
-    hot_corner = np.zeros((40, 40), "float32")
-    hot_corner[:16, :20] = 1  # a fifth of all pixels
-    marked = explanation(photo, heatmap=hot_corner)
+    hot_corner = {"maps": {1: np.zeros((40, 40), "float32")}}
+    hot_corner["maps"][1][:16, :20] = 1  # a fifth of all pixels
+    other_corner = {"maps": {1: hot_corner["maps"][1][::-1, ::-1].copy()}}
+    marked = replace(explanation(photo), heatmaps=hot_corner)
     model = small_model(40)
     monkeypatch.setattr(study, "heatmap_layer", lambda model: "rescaling")
     monkeypatch.setattr(
@@ -225,16 +232,20 @@ def test_the_caption_tells_hottest_from_central_and_whether_the_heatmap_beats_a_
         return np.array([[0, value, 1 - value] for value in p])
 
     monkeypatch.setattr(study, "deletion_scores", without)
-    assert study.deletion_caption(model, marked) == (
+
+    def caption(explained):
+        return study.deletion_caption(
+            replace(explained, deletion=study.deletion_of(model, explained))
+        )
+
+    assert caption(marked) == (
         "Without the hottest fifth: P(rose) 0.29 → 0.10; without a central fifth: 0.20. "
         "Better than a guess here."
     )
-    wrong = replace(marked, heatmap=hot_corner[::-1, ::-1].copy())
-    assert "0.29 → 0.29; without a central fifth: 0.20. No better" in study.deletion_caption(
-        model, wrong
-    )
-    empty = replace(marked, heatmap=np.zeros((2, 2), "float32"))
-    assert study.deletion_caption(model, empty) == "Nothing speaks for rose: the heatmap is empty."
+    wrong = replace(marked, heatmaps=other_corner)
+    assert "0.29 → 0.29; without a central fifth: 0.20. No better" in caption(wrong)
+    empty = explanation(photo, heatmaps=(1, 0, 1))
+    assert caption(empty) == "Nothing speaks for rose: the heatmap is empty."
 
 
 def test_deleting_everything_leaves_the_blurred_photo_and_deleting_nothing_the_photo():
@@ -259,11 +270,12 @@ def test_each_heatmap_is_titled_with_the_class_that_it_explains(panels, monkeypa
     monkeypatch.setattr(study, "save_values", lambda *_: None)
     model = two_channel_model(RED_OR_GREEN)
     named = {"class_names": ["red", "green"], "probabilities": np.array([0.3, 0.7])}
-    shown = explanation(true_index=0, class_index=0, heatmap=RED.astype("float32"), **named)
+    worth = (0.3, 0.1, 0.2)
+    shown = explanation(true_index=0, heatmaps=(RED, GREEN), deletion=worth, **named)
     captions = [picture.caption for picture in study.draw_heatmaps(tmp_path, model, [shown])]
     ((file, [[photo, positions, overlay]], title, norm),) = panels
     assert file == "CAM_1.jpeg" and "It says green, 70 %; it is a red, 30 %" in title
-    assert "P(red)" in title and photo.heatmap is None and norm.vmax == 8
+    assert "P(red) 0.30 → 0.10;" in title and photo.heatmap is None and norm.vmax == 8
     assert "for red" in positions.title and "for red" in overlay.title
     assert "for red" in captions[1]
     np.testing.assert_array_equal(overlay.heatmap, RED)
@@ -271,8 +283,8 @@ def test_each_heatmap_is_titled_with_the_class_that_it_explains(panels, monkeypa
 
 def test_what_misled_the_model_is_the_class_that_it_says_minus_the_true_one(panels, tmp_path):
     named = {"class_names": ["red", "green"], "probabilities": np.array([0.3, 0.7])}
-    mistaken = explanation(true_index=0, class_index=0, **named)
-    correct = explanation(true_index=1, class_index=1, **named)
+    mistaken = explanation(true_index=0, heatmaps=(RED, GREEN), **named)
+    correct = explanation(true_index=1, heatmaps=(RED, GREEN), **named)
     model = two_channel_model(RED_OR_GREEN)
     list(study.draw_mistakes(tmp_path, model, [correct, mistaken]))
     ((_, [[photo, *compared]], title, norm),) = panels
@@ -289,7 +301,8 @@ def test_what_misled_the_model_is_the_class_that_it_says_minus_the_true_one(pane
 def test_each_block_is_drawn_where_its_own_positions_look(panels, tmp_path):
     model = small_model(64)
     photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype="uint8")
-    shown = explanation(photo, class_names=CLASSES)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    (shown,) = study.explain(model, [tmp_path / "photo.png"], ["a photo"], CLASSES, labels=[1])
     list(study.draw_blocks(tmp_path, model, shown))
     ((_, rows, _, _),) = panels
     blocks = [panel for row in rows for panel in row][1:]
@@ -402,7 +415,7 @@ def test_a_rotated_photo_is_explained_upright_and_at_its_own_resolution(tmp_path
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(photo).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    found = study.explain(model, tmp_path / "turned.jpg", "turned.jpg", CLASSES)
+    (found,) = study.explain(model, [tmp_path / "turned.jpg"], ["turned.jpg"], CLASSES, labels=[-1])
     assert found.photo.shape == (200, 120, 3)
     assert found.photo[50, 60, 0] > 150 > found.photo[150, 60, 0]
     assert found.pixels[20, 37, 0] > 150 > found.pixels[60, 37, 0]
@@ -429,9 +442,10 @@ def test_no_text_runs_into_the_panel_beside_it_or_off_the_figure(
         pixels=pixels,
         class_names=names,
         name=f"{LONG} {LONG}/{LONG}.jpg",
-        heatmap=np.ones((5, 5), "float32"),
     )
     model = small_model()
+    of_classes = {k: np.ones((5, 5), "float32") for k in range(3)}
+    shown = replace(shown, heatmaps=dict.fromkeys(study.block_layers(model), of_classes))
     list(study.draw_blocks(tmp_path, model, shown))
     list(study.draw_mistakes(tmp_path, model, [shown, shown]))
     list(study.draw_heatmaps(tmp_path, model, [shown]))
