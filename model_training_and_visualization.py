@@ -30,6 +30,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -835,11 +836,13 @@ def node_of(tensor):
     return layer._inbound_nodes[node_index]
 
 
-def rebuild(model, photo):
+def rebuild(model, photo, replaced=None):
     """Call the model's layers anew on another input tensor: the list of its outputs.
 
-    Nested models are unfolded. The layers are the same ones and keep their weights.
+    Nested models are unfolded. The layers are the same ones and keep their weights, but for those
+    that are replaced: {layer: another one, or a function}.
     """
+    replaced = replaced or {}
     tensors = {id(model.inputs[0]): photo}
     for node in nodes(model):
         if node.is_input:
@@ -848,7 +851,8 @@ def rebuild(model, photo):
         if isinstance(node.operation, keras.Model):
             outputs = rebuild(node.operation, arguments[0])
         else:
-            outputs = tf.nest.flatten(node.operation(*arguments, **options))
+            operation = replaced.get(node.operation, node.operation)
+            outputs = tf.nest.flatten(operation(*arguments, **options))
         tensors.update(zip(map(id, node.outputs), outputs, strict=True))
     return [tensors[id(output)] for output in model.outputs]
 
@@ -927,11 +931,10 @@ def layer_outputs(model):
 
 
 @lru_cache(maxsize=8)  # to build it takes as long as to run it
-def feature_extractor(model, layer_names, any_size=False):
+def feature_extractor(model, layer_names):
     """A model from (n, height, width, 3) RGB, 0–255, to the outputs of some layers.
 
-    layer_names: a tuple. any_size: for images of any size, in place of the model's own. Raises Stop
-    for a layer that the model lacks.
+    layer_names: a tuple. Raises Stop for a layer that the model lacks.
     """
     outputs = layer_outputs(model)
     lacking = [name for name in layer_names if name not in outputs]
@@ -939,11 +942,47 @@ def feature_extractor(model, layer_names, any_size=False):
         raise Stop(
             f"The model has no layer {lacking[0]}. It has {', '.join(list(outputs)[-8:])}, …"
         )
-    extractor = keras.Model(classifier(model).input, [outputs[name] for name in layer_names])
-    if any_size:
-        image = keras.Input((None, None, 3))
-        extractor = keras.Model(image, rebuild(extractor, image))
-    return extractor
+    return keras.Model(classifier(model).input, [outputs[name] for name in layer_names])
+
+
+def folded(extractor):
+    """The same for images of any size and in inference alone, a fifth faster.
+
+    There BatchNormalization only scales and shifts each channel, which a convolution before it does
+    as well once its weights are scaled and its bias is shifted. So the two become one.
+    """
+    graph = nodes(extractor)
+    consumers, calls = consumers_of(graph), Counter(node.operation for node in graph)
+    asked, replaced = set(map(id, extractor.outputs)), {}
+    for node in graph:
+        convolution, output = node.operation, node.outputs[0]
+        following = [after.operation for after in consumers.get(id(output), [])]
+        linear = getattr(convolution, "activation", None) is keras.activations.linear
+        if type(convolution) is not layers.Conv2D or not linear:
+            continue
+        if len(following) != 1 or not isinstance(following[0], layers.BatchNormalization):
+            continue
+        (normalization,) = following
+        shared = calls[convolution] > 1 or calls[normalization] > 1
+        if not shared and id(output) not in asked:
+            replaced[convolution] = normalized(convolution, normalization)
+            replaced[normalization] = lambda inputs, **_: inputs
+    image = keras.Input((None, None, 3))
+    return keras.Model(image, rebuild(extractor, image, replaced))
+
+
+def normalized(convolution, normalization):
+    """A convolution that does what these two layers do one after the other in inference."""
+    settings = convolution.get_config() | {"use_bias": True, "activation": None}
+    both = layers.Conv2D.from_config(settings)
+    both.build((None, None, None, convolution.kernel.shape[2] * convolution.groups))
+    scale = (normalization.moving_variance + normalization.epsilon) ** -0.5
+    scale = scale * normalization.gamma if normalization.scale else scale
+    shift = -normalization.moving_mean * scale
+    shift = shift + normalization.beta if normalization.center else shift
+    shift = shift + convolution.bias * scale if convolution.use_bias else shift
+    both.set_weights([convolution.kernel * scale, shift])
+    return both
 
 
 def input_size(model):
@@ -1387,7 +1426,7 @@ def filter_patterns(model, layer_name, filters, seed=0, on_progress=None):
     """
     convolution = find_convolution(model, layer_name)
     field = receptive_fields(model)[layer_name]
-    extractor = feature_extractor(model, (layer_name, convolution.activation), any_size=True)
+    extractor = folded(feature_extractor(model, (layer_name, convolution.activation)))
     margin = canvas_margin(field)
     waves, scale = wave_basis(max(field.size), margin)
     step = ascent_step(extractor, field, waves, scale, margin)
@@ -1858,17 +1897,18 @@ def centred_blob(size):
     return -np.hypot(rows - (size[0] - 1) / 2, columns - (size[1] - 1) / 2)
 
 
-def deletion_scores(model, photo, masks):
-    """Probabilities (masks, classes) of a (height, width, 3) photo with each mask blurred away.
+def deletion_scores(model, photos, masks):
+    """Probabilities (n, classes) of n (height, width, 3) photos, each with its mask blurred away.
 
     One step of the deletion game of RISE (Petsiuk et al., 2018): a heatmap is worth something if
     the probability falls further when what it marks is blurred than when a part of the same size
     in the middle is.
     """
-    photo = photo.astype("float32")
-    blurred = cv2.GaussianBlur(photo, (0, 0), max(photo.shape) / 12)
-    photos = np.stack([np.where(mask[..., None], blurred, photo) for mask in masks])
-    return classifier(model)(photos, training=False).numpy()
+    without = []
+    for photo, mask in zip(photos, masks, strict=True):
+        blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
+        without.append(np.where(mask[..., None], blurred, photo))
+    return classifier(model)(np.stack(without), training=False).numpy()
 
 
 # ---- 11. Explanations: a photo, what the model says, and where it looks --------------------------
@@ -1888,7 +1928,9 @@ class Explanation:
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) Grad-CAM heatmap}}, the model's last layer with positions at last
     heatmaps: dict
-    deletion: tuple | None = None  # see deletion_of; None where the heatmap is empty
+    # The class's probability as the photo is, without the hottest part, and without a central part
+    # of the same size; None where the heatmap is empty.
+    deletion: tuple | None = None
 
     @property
     def predicted_index(self):
@@ -1952,16 +1994,19 @@ def percent(share):
     return f"{100 * share:.0f} %"
 
 
-def explain(model, paths, names, class_names, labels):
+def explain(model, paths, names, class_names, labels, probabilities=None):
     """The Explanations of some photos, from one pass over them.
 
-    labels: true class indices, -1 where not known.
+    labels: true class indices, -1 where not known. probabilities: (n, classes), where known.
     """
     layer_names = tuple(heatmap_layers(model))
     photos = [model_input(path, *input_size(model)) for path in paths]
     inputs = tf.constant(np.stack(photos), tf.float32)
-    probabilities = classifier(model)(inputs, training=False).numpy()
+    if probabilities is None:
+        probabilities = classifier(model)(inputs, training=False).numpy()
     classes = classes_in_question(probabilities, labels)
+    if (classes[:, 2:] == classes[:, :2]).any(1).all():
+        classes = classes[:, :2]  # the true class need not be asked about twice
     forward = partial(features_and_logits(model, layer_names), training=False)
     heatmaps = batch_grad_cam(forward, inputs, classes)
     explanations = [
@@ -1979,7 +2024,7 @@ def explain(model, paths, names, class_names, labels):
         )
         for k in range(len(paths))
     ]
-    return [replace(it, deletion=deletion_of(model, it)) for it in explanations]
+    return with_deletion(model, explanations)
 
 
 def classes_in_question(probabilities, labels):
@@ -1991,19 +2036,20 @@ def classes_in_question(probabilities, labels):
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
-def deletion_of(model, explanation):
-    """The class's probability as the photo is, without the hottest part, without a central part.
-
-    None where the heatmap is empty.
-    """
-    if not explanation.heatmap.any():
-        return None
-    size, index = explanation.pixels.shape[:2], explanation.class_index
-    field = receptive_fields(model)[heatmap_layer(model)]
-    hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
+def with_deletion(model, explanations):
+    """The Explanations, told what their heatmaps are worth."""
+    size, field = input_size(model), receptive_fields(model)[heatmap_layer(model)]
     central = top_fraction(centred_blob(size))
-    scores = deletion_scores(model, explanation.pixels, [hottest, central])[:, index]
-    return float(explanation.probabilities[index]), *map(float, scores)
+    photos, masks = [], []
+    for it in explanations:
+        photos += [it.pixels, it.pixels]
+        masks += [top_fraction(place_heatmap(it.heatmap, field, size)), central]
+    scores = deletion_scores(model, photos, masks).reshape(len(explanations), 2, -1)
+    told = []
+    for it, of_photo in zip(explanations, scores, strict=True):
+        worth = it.probabilities[it.class_index], *of_photo[:, it.class_index]
+        told.append(replace(it, deletion=tuple(map(float, worth)) if it.heatmap.any() else None))
+    return told
 
 
 def deletion_caption(explanation):
@@ -2354,7 +2400,7 @@ def traced_extractor(model, layer_names):
 
     A graph that is traced lets go of each feature map once the next layers have it.
     """
-    extractor = feature_extractor(model, (heatmap_layer(model), *layer_names))
+    extractor = folded(feature_extractor(model, (heatmap_layer(model), *layer_names)))
     photos = tf.TensorSpec((None, *input_size(model), 3))
 
     @tf.function(input_signature=[photos], autograph=False)
@@ -2433,7 +2479,8 @@ def explain_photos(model, survey, evaluation, class_names):
     for start in range(0, len(numbers), EXPLAINED_AT_ONCE):
         some = numbers[start : start + EXPLAINED_AT_ONCE]
         paths, names = [survey.paths[k] for k in some], [survey.name(k) for k in some]
-        explanations = explain(model, paths, names, class_names, survey.labels[some])
+        known = survey.labels[some], survey.probabilities[some]
+        explanations = explain(model, paths, names, class_names, *known)
         explained |= zip(some, explanations, strict=True)
     return explained
 

@@ -518,9 +518,15 @@ def clipped_share(pictures):
     return np.mean((values < 8) | (values > 247))
 
 
+def any_size_extractor(model, layer_name):
+    """A model from images of any size to the output of a layer."""
+    image = keras.Input((None, None, 3))
+    return keras.Model(image, study.rebuild(study.feature_extractor(model, (layer_name,)), image))
+
+
 def pattern_peers(bench, model, layer_name):
     """{name: (function of filter_index that draws a pattern, how many it draws in a round)}."""
-    extractor = study.feature_extractor(model, (layer_name,), any_size=True)
+    extractor = any_size_extractor(model, layer_name)
     many = bench.peer_filters
     peers = {
         "the tutorial's": (partial(tutorial_pattern, extractor, steps=bench.tutorial_steps), many),
@@ -547,7 +553,7 @@ def compare_sheet(bench, model, convolution):
             few = {k: draw(filter_index=k) for k in chosen[:count]}
             times[name].append((time.perf_counter() - start) / len(few) * len(filters))
             drawn[name] |= few
-    extractor = study.feature_extractor(model, (convolution.layer,), any_size=True)
+    extractor = any_size_extractor(model, convolution.layer)
     ours = judge(extractor, dict(zip(filters, pictures, strict=True)), bench.size)
     clipped = f"{clipped_share(pictures):.1%} clipped"
     for name in peers:
@@ -741,7 +747,8 @@ def mean_falls(model, photos, labels):
         noise = cv2.GaussianBlur(rng.normal(size=size), (0, 0), size[0] / 12)
         maps = study.place_heatmap(heatmap, field, size), study.centred_blob(size), noise
         masks = [np.zeros(size, bool), *map(study.top_fraction, maps)]
-        before, *after = study.deletion_scores(model, photo, masks)[:, label]
+        scores = study.deletion_scores(model, [photo] * len(masks), masks)
+        before, *after = scores[:, label]
         falls.append(before - np.array(after))
     return np.mean(falls, axis=0), len(falls)
 

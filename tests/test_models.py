@@ -256,6 +256,31 @@ def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():
     assert study.convolutions(nested) == study.convolutions(flat)
 
 
+def test_folded_normalization_changes_no_output_and_spares_what_it_cannot_fold():
+    keras.utils.set_random_seed(0)
+    photo, shared = keras.Input((16, 16, 3)), layers.Conv2D(4, 3, padding="same", name="shared")
+    x = layers.Conv2D(4, 3, strides=2, use_bias=True, bias_initializer="normal")(photo)
+    x = layers.ReLU(name="folds")(layers.BatchNormalization()(x))
+    x = layers.Conv2D(4, 3, padding="same", groups=2, use_bias=False)(x)
+    x = layers.ReLU(name="groups_fold")(layers.BatchNormalization(scale=False, center=False)(x))
+    x = layers.Conv2D(4, 3, activation="relu")(x)  # the two cannot become one
+    x = layers.BatchNormalization()(x)
+    x = layers.BatchNormalization()(layers.Conv2D(4, 1, name="asked")(x))
+    x = layers.BatchNormalization()(shared(shared(x)))
+    model = keras.Model(photo, x)
+    asked = [model.get_layer(name).output for name in ("folds", "asked")]
+    model = keras.Model(photo, [*asked, x])
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.set_weights([np.random.uniform(0.5, 2, it.shape) for it in layer.get_weights()])
+    folded = study.folded(model)
+    for ours, expected in zip(folded(photos(16, 16)), model(photos(16, 16)), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+    left = [it for it in folded.layers if isinstance(it, layers.BatchNormalization)]
+    assert len(left) == 3
+    assert folded(photos(20, 20))[0].shape == (2, 9, 9, 4)
+
+
 def test_layers_of_one_name_in_a_model_and_its_base_are_told_apart():
     inner_photo = keras.Input((16, 16, 3))
     x = layers.Conv2D(2, 3, name="conv2d")(layers.Rescaling(1 / 255, name="add")(inner_photo))

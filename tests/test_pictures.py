@@ -215,7 +215,6 @@ def test_the_caption_tells_hottest_from_central_and_whether_the_heatmap_beats_a_
     photo = np.zeros((40, 40, 3), "uint8")
     hot_corner = {"maps": {1: np.zeros((40, 40), "float32")}}
     hot_corner["maps"][1][:16, :20] = 1  # a fifth of all pixels
-    other_corner = {"maps": {1: hot_corner["maps"][1][::-1, ::-1].copy()}}
     marked = replace(explanation(photo), heatmaps=hot_corner)
     model = small_model(40)
     monkeypatch.setattr(study, "heatmap_layer", lambda model: "rescaling")
@@ -225,7 +224,7 @@ def test_the_caption_tells_hottest_from_central_and_whether_the_heatmap_beats_a_
         lambda model: {"rescaling": study.ReceptiveField((0, 0), (1, 1), (1, 1))},
     )
 
-    def without(model, photo, masks):
+    def without(model, photos, masks):
         """A class that hangs on the corner: 0.1 without it, 0.2 without the middle, or 0.29."""
         p = [0.1 if mask[:16, :20].all() else 0.2 if mask[20, 20] else 0.29 for mask in masks]
         assert [mask.sum() for mask in masks] == [320] * len(masks)
@@ -233,19 +232,15 @@ def test_the_caption_tells_hottest_from_central_and_whether_the_heatmap_beats_a_
 
     monkeypatch.setattr(study, "deletion_scores", without)
 
-    def caption(explained):
-        return study.deletion_caption(
-            replace(explained, deletion=study.deletion_of(model, explained))
-        )
-
-    assert caption(marked) == (
+    other_corner = {"maps": {1: hot_corner["maps"][1][::-1, ::-1].copy()}}
+    shown = marked, replace(marked, heatmaps=other_corner), explanation(photo, heatmaps=(1, 0, 1))
+    better, no_better, empty = map(study.deletion_caption, study.with_deletion(model, shown))
+    assert better == (
         "Without the hottest fifth: P(rose) 0.29 → 0.10; without a central fifth: 0.20. "
         "Better than a guess here."
     )
-    wrong = replace(marked, heatmaps=other_corner)
-    assert "0.29 → 0.29; without a central fifth: 0.20. No better" in caption(wrong)
-    empty = explanation(photo, heatmaps=(1, 0, 1))
-    assert caption(empty) == "Nothing speaks for rose: the heatmap is empty."
+    assert "0.29 → 0.29; without a central fifth: 0.20. No better" in no_better
+    assert empty == "Nothing speaks for rose: the heatmap is empty."
 
 
 def test_deleting_everything_leaves_the_blurred_photo_and_deleting_nothing_the_photo():
@@ -253,7 +248,9 @@ def test_deleting_everything_leaves_the_blurred_photo_and_deleting_nothing_the_p
     model = small_model()
     photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype="uint8")
     everything, nothing = np.ones((32, 32), bool), np.zeros((32, 32), bool)
-    without_all, without_nothing = study.deletion_scores(model, photo, [everything, nothing])
+    without_all, without_nothing = study.deletion_scores(
+        model, [photo, photo], [everything, nothing]
+    )
     blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), 32 / 12)
     np.testing.assert_allclose(without_all, model(blurred[None])[0], atol=1e-5)
     as_it_is = model(photo[None].astype("float32"))[0]
