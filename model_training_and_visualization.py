@@ -17,6 +17,7 @@ functional or Sequential Keras classifier that takes 0–255 RGB, and return arr
 import argparse
 import base64
 import contextlib
+import gc
 import importlib
 import itertools
 import json
@@ -184,6 +185,7 @@ os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory:
 
 if __name__ == "__main__":
     run(parse_options)
+    gc.disable()  # the libraries make objects by the million, all to stay: no garbage among them
     run(load_libraries)
 
 import cv2
@@ -201,6 +203,10 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from PIL import Image
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
 
 # All figures: dark, whatever a matplotlibrc says, with texts that can be read at half size.
 BACKGROUND = 24  # grey level, 0–255
@@ -1406,13 +1412,13 @@ PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so t
 # edge of an image it draws a frame; what lies farther out than this it hardly sees, and every
 # pixel takes time.
 PATTERN_MARGIN = 24
-PATTERN_STEPS = 20
-PATTERN_RATE = 4.5  # grey levels by which a step changes the image (root mean square)
+PATTERN_STEPS = 18
+PATTERN_RATE = 5  # grey levels by which a step changes the image (root mean square)
 PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few steps; more overshoots
 # Grey levels of the noise at the start (root mean square). In faint noise an image finds the
 # strongest pattern, in strong noise only what happens to lie there. But a filter that has stayed
 # silent is started again from stronger noise.
-PATTERN_STARTS = (2, 20, 60)
+PATTERN_STARTS = (6, 20, 60)
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
 
 
@@ -1604,15 +1610,19 @@ def wave_strength(coefficients, scale):
 
     As the waves are orthogonal, no image need be drawn for it (Parseval's theorem).
     """
-    colours = tf.einsum("ncyx,rc->nryx", scale * coefficients, COLOURS)
-    squares = tf.reduce_sum(colours**2, (2, 3), keepdims=True)
+    squares = tf.reduce_sum(in_rgb(coefficients, scale) ** 2, (2, 3), keepdims=True)
     return tf.sqrt(tf.reduce_mean(squares, 1, keepdims=True)) + 1e-12
 
 
 def waves_to_image(coefficients, waves, scale):
     """The sum of waves, (n, 3, waves, waves), as RGB about 0: (n, size, size, 3) float32."""
-    planes = tf.matmul(waves, tf.matmul(scale * coefficients, waves), transpose_a=True)
-    return tf.einsum("ncyx,rc->nyxr", planes, COLOURS)
+    planes = tf.matmul(waves, tf.matmul(in_rgb(coefficients, scale), waves), transpose_a=True)
+    return tf.transpose(planes, (0, 2, 3, 1))
+
+
+def in_rgb(coefficients, scale):
+    """The strengths of the waves in red, green and blue, from their coefficients."""
+    return tf.einsum("ncyx,rc->nryx", scale * coefficients, COLOURS)
 
 
 def bounded(image):
@@ -2304,7 +2314,7 @@ def mistakes_caption(mistakes):
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
-EXPLAINED_AT_ONCE = 4  # photos; their feature maps of all layers are in memory together
+EXPLAINED_AT_ONCE = 2  # photos; their feature maps of all layers are in memory together
 SHARES = {  # of the drawing time, roughly
     "layers": 2,
     "filters": 9,
@@ -2369,9 +2379,10 @@ def survey_photos(model, photos, labels=None, own_photos=()):
     labels = np.concatenate([np.full(len(own), -1), [] if labels is None else labels]).astype(int)
     numbers = (*PATTERN_CONVOLUTIONS, *EXAMPLE_CONVOLUTIONS)
     layer_names = tuple(it.activation for it in choose_convolutions(model, numbers))
+    extract = traced_extractor(model, layer_names)
     parts, done = [], 0
     for pixels in pixel_batches(model, paths):
-        parts.append(survey_batch(model, pixels, labels[done : done + len(pixels)], layer_names))
+        parts.append(survey_batch(model, extract, pixels, labels[done : done + len(pixels)]))
         done += len(pixels)
     probabilities, classes, heatmaps, peaks = zip(*parts, strict=True)
     joined = [joined_peaks(of_layer) for of_layer in zip(*peaks, strict=True)]
@@ -2383,9 +2394,12 @@ def survey_photos(model, photos, labels=None, own_photos=()):
     )
 
 
-def survey_batch(model, pixels, labels, layer_names):
-    """Probabilities, classes and heatmaps of a Survey, and [Peaks], of some photos as pixels."""
-    feature_maps, *activations = traced_extractor(model, layer_names)(pixels)
+def survey_batch(model, extract, pixels, labels):
+    """Probabilities, classes and heatmaps of a Survey, and [Peaks], of some photos as pixels.
+
+    extract: see traced_extractor.
+    """
+    feature_maps, *activations = extract(pixels)
     forward = partial(maps_and_logits, model)
     probabilities = tf.nn.softmax(forward(feature_maps)[1]).numpy()
     classes = classes_in_question(probabilities, labels)
@@ -2394,7 +2408,6 @@ def survey_batch(model, pixels, labels, layer_names):
     return probabilities, classes, heatmaps, [peaks_of(it) for it in activations]
 
 
-@lru_cache(maxsize=2)  # to trace it takes longer than to run it
 def traced_extractor(model, layer_names):
     """A function of photos: the model's last feature maps, then the filters drawn of some layers.
 
