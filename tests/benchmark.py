@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import io
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from keras import layers
 from create_train_val_test import class_folders, cores, decode_photos, read_photo, similar_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 # How much is measured; --quick only shows that everything runs.
 FULL = {
@@ -53,6 +55,8 @@ FULL = {
     "steps": 8,  # of training in a round
     "recipe_epochs": 8,
     "recipe_size": 75,
+    "fine_tuning_epochs": 10,
+    "fine_tuning_size": 139,
     "sheet_filters": 64,
     "peer_filters": 13,  # that a slow peer draws in a round: in all rounds together the sheet
     "keras_vis_filters": 1,  # the same for the slowest
@@ -60,6 +64,7 @@ FULL = {
     "book_steps": 30,
     "keras_vis_steps": 200,
     "masked_per_class": 20,
+    "page_photos": (170, 4000),
 }
 QUICK = FULL | {
     "rounds": 1,
@@ -71,6 +76,8 @@ QUICK = FULL | {
     "batch_size": 4,
     "steps": 2,
     "recipe_epochs": 1,
+    "fine_tuning_epochs": 2,
+    "fine_tuning_size": 75,
     "sheet_filters": 4,
     "peer_filters": 1,
     "keras_vis_filters": 1,
@@ -78,6 +85,7 @@ QUICK = FULL | {
     "book_steps": 3,
     "keras_vis_steps": 3,
     "masked_per_class": 1,
+    "page_photos": (10, 20),
 }
 
 
@@ -369,62 +377,121 @@ def compare_precision(bench):
     )
 
 
-def our_recipe(bench, splits, seed):
-    """Validation loss and accuracy of the epoch that is kept."""
+def our_recipe(bench, splits, seed, run, freeze_below="none"):
+    """The model of the epoch that is kept, and what fine-tuning's first epoch adds to the
+    validation loss."""
     keras.utils.set_random_seed(seed)
-    model = study.build_model(bench.class_count, bench.recipe_size, "none")
+    model = study.build_model(bench.class_count, run["size"], run["weights"])
     checkpoints = study.Checkpoints(bench.scratch / "recipe", {})
-    study.train(
-        model, splits, study.training_phases(bench.recipe_epochs, "none", "none"), checkpoints
-    )
-    kept = checkpoints.best_epoch - 1
-    return checkpoints.history["val_loss"][kept], checkpoints.history["val_accuracy"][kept]
+    phases = study.training_phases(run["epochs"], run["weights"], freeze_below)
+    study.train(model, splits, phases, checkpoints)
+    model.load_weights(checkpoints.file_of(checkpoints.best_epoch))
+    losses, start = checkpoints.history["val_loss"], phases[-1].start_epoch
+    return model, losses[start] - losses[start - 1] if start else 0.0
 
 
-def tutorial_recipe(bench, splits, seed):
-    """Validation loss and accuracy of the last epoch: pixels in [0, 1], Adam and BatchNormalization
-    by default."""
+def tutorial_recipe(bench, splits, seed, run):
+    """The model of the last epoch: all layers at once on pixels in [0, 1], Adam and
+    BatchNormalization by default."""
     keras.utils.set_random_seed(seed)
-    model = study.build_model(bench.class_count, bench.recipe_size, "none")
+    model = study.build_model(bench.class_count, run["size"], run["weights"])
     model.get_layer("scaled").scale, model.get_layer("scaled").offset = 1 / 255, 0
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = layers.BatchNormalization().momentum
     model.compile(keras.optimizers.Adam(), "categorical_crossentropy", metrics=["accuracy"])
-    options = {"epochs": bench.recipe_epochs, "shuffle": False, "verbose": 0}
-    history = model.fit(splits["train"], validation_data=splits["validation"], **options).history
-    return history["val_loss"][-1], history["val_accuracy"][-1]
+    options = {"epochs": run["epochs"], "shuffle": False, "verbose": 0}
+    model.fit(splits["train"], validation_data=splits["validation"], **options)
+    return model, 0.0
+
+
+def compare_recipes(bench, what, data, run, recipes):
+    """Same photos, augmentation, size, batch and epochs; other recipe: rows of the test photos.
+
+    run: size, epochs and weights. recipes: {name: function}, ours first; each trains once a seed.
+    """
+    figures = {name: [] for name in recipes}
+    for seed in range(bench.rounds):
+        for name, recipe in recipes.items():
+            sizes = {"size": (run["size"],) * 2, "batch_size": 32}
+            with contextlib.redirect_stdout(io.StringIO()):
+                splits, _ = study.open_all_splits(data, **sizes, seed=seed)
+                start = time.perf_counter()
+                model, switch = recipe(bench, splits, seed, run)
+                taken = time.perf_counter() - start
+            model.compile(loss="categorical_crossentropy", metrics=["accuracy"])
+            loss, accuracy = model.evaluate(splits["test"], verbose=0)
+            figures[name].append((loss, accuracy, switch, taken))
+            told = f"loss {loss:.3f}, accuracy {accuracy:.3f}, switch {switch:+.2f}, {taken:.0f} s"
+            print(f"seed {seed}, {name}: {told}", flush=True)
+    counts = " + ".join(str(len(splits[name].paths)) for name in ("train", "validation", "test"))
+    what = f"{what}, {run['epochs']} epochs at {run['size']} px, {counts} photos"
+    (ours, own), *peers = ((name, np.array(rows).T) for name, rows in figures.items())
+    for name, peer in peers:
+        losses, accuracies = spread(peer[0] / own[0]), spread(own[1] / peer[1])
+        bench.row(f"Test loss {what}", tell(own[0]), f"{tell(peer[0])}: {name}", losses)
+        bench.row(f"Test accuracy {what}", tell(own[1]), f"{tell(peer[1])}: {name}", accuracies)
+        bench.times(f"Time {what}", own[3], peer[3], name, "{:.0f} s".format)
+    if own[2].any():
+        rises = f"Validation loss of fine-tuning's first epoch, minus the head's last, {what}"
+        bench.row(rises, tell(own[2]), "none", ours)
+
+
+def tell(values):
+    """Mean and range of what the seeds gave."""
+    return f"{np.mean(values):.3f} ({min(values):.3f}–{max(values):.3f}, {len(values)} seeds)"
 
 
 def compare_recipe(bench):
-    """From scratch: same model, photos, augmentation, size, batch and epochs; other recipe."""
-    sizes = {"size": (bench.recipe_size,) * 2, "batch_size": 32}
+    """From scratch, on drawn flowers and on the given photos."""
+    run = {"size": bench.recipe_size, "epochs": bench.recipe_epochs, "weights": "none"}
+    recipes = {"ours": our_recipe, "the tutorial's recipe": tutorial_recipe}
     for kind, data in {"drawn": bench.drawn_data, "given": bench.given_data}.items():
-        if not data:
-            continue
-        results = []
-        for seed in range(bench.rounds):
-            for recipe in (our_recipe, tutorial_recipe):
-                with contextlib.redirect_stdout(io.StringIO()):
-                    splits, _ = study.open_all_splits(data, **sizes, seed=seed)
-                    results.append(recipe(bench, splits, seed))
-                loss, accuracy = results[-1]
-                print(
-                    f"seed {seed}, {recipe.__name__}: loss {loss:.3f}, accuracy {accuracy:.3f}",
-                    flush=True,
-                )
-        (loss, peer_loss), (accuracy, peer_accuracy) = np.reshape(results, (-1, 2, 2)).T
-        counts = " + ".join(str(len(splits[name].paths)) for name in ("train", "validation"))
-        counts = f"{counts} {kind} photos"
-        run = f"{bench.recipe_epochs} epochs at {bench.recipe_size} px"
-        what = f"from scratch, {run}, {counts}, {len(loss)} seeds"
-        losses, accuracies = (
-            (loss, peer_loss, peer_loss / loss),
-            (accuracy, peer_accuracy, accuracy / peer_accuracy),
-        )
-        for figure, (own, peer, ratio) in (("loss", losses), ("accuracy", accuracies)):
-            theirs = f"{spread(peer, '')}: the tutorial's recipe"
-            bench.row(f"Validation {figure} {what}", spread(own, ""), theirs, spread(ratio))
+        if data:
+            compare_recipes(bench, f"from scratch ({kind})", data, run, recipes)
+
+
+def compare_fine_tuning(bench):
+    """From pretrained weights: the default, other blocks to fine-tune from, and the tutorial."""
+    if bench.weights == "none":
+        bench.row("Fine-tuning", "not measured", "needs pretrained weights: --weights FILE")
+        return
+    run = {"size": bench.fine_tuning_size, "weights": bench.weights}
+    run["epochs"] = bench.fine_tuning_epochs
+    recipes = {"--freeze-below mixed2": partial(our_recipe, freeze_below="mixed2")}
+    recipes["the tutorial's recipe"] = tutorial_recipe
+    for block in ("mixed7", "none"):
+        recipes[f"--freeze-below {block}"] = partial(our_recipe, freeze_below=block)
+    compare_recipes(bench, "of fine-tuning", bench.data, run, recipes)
+
+
+def measure_first_run(bench):
+    """The README's first command with other seeds: its result, its time, its heatmaps' worth."""
+    (command,) = re.findall(r"^python (model_training.*)$", README.read_text("utf-8"), re.M)[:1]
+    drawn, figures = bench.scratch / "first", []
+    call(sys.executable, ROOT / "tests/draw_flowers.py", drawn / "flowers", "--per-class", 200)
+    call(sys.executable, ROOT / "create_train_val_test.py", drawn / "flowers", "--output", drawn)
+    for seed in range(bench.rounds):
+        script, *options = command.split()
+        file = drawn / f"{seed}.keras"
+        options += ["--seed", seed, "--data", drawn, "--output", drawn / "Images", "--model", file]
+        start = time.perf_counter()
+        printed = call(sys.executable, ROOT / script, *options)
+        taken = time.perf_counter() - start
+        loss, accuracy = re.search(r"Test: loss ([\d.]+)  accuracy ([\d.]+)", printed).groups()
+        bench.model_file, bench.given_data = file, drawn
+        (fall, blob, _), _ = mean_falls(*model_and_test(bench))
+        placed, _, area = energy_on_flower(bench.model(), bench.masked_per_class)
+        energy = placed.mean() / area.mean()
+        figures.append((float(accuracy), float(loss), taken, fall, blob, energy))
+        print(f"seed {seed}: {figures[-1]}", flush=True)
+    accuracy, loss, taken, fall, blob, energy = np.array(figures).T
+    what = "of the README's first command"
+    bench.row(f"Test accuracy {what}", tell(accuracy), "none", "")
+    bench.row(f"Test loss {what}", tell(loss), "none", "")
+    bench.row(f"Time {what}, drawing included", f"{np.median(taken):.0f} s", "none", "")
+    bench.row(f"Fall without the hottest fifth {what}", tell(fall), tell(blob), "a centred blob")
+    bench.row(f"Heatmap energy over the flower's share {what}", tell(energy), "none", "")
 
 
 # ---- Filter patterns -----------------------------------------------------------------------------
@@ -749,6 +816,14 @@ def compare_gradcam(bench):
     bench.times(what, own, peer, "tf-keras-vis", "{:.2f} s".format)
 
 
+def model_and_test(bench):
+    """The given model, the test photos as it sees them, and their labels."""
+    model = bench.model()
+    size = study.input_size(model)
+    test, _ = study.open_split(bench.data / "test", size, 1)
+    return model, [study.model_input(path, *size) for path in test.paths], test.labels
+
+
 def mean_falls(model, photos, labels):
     """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and
     a random map."""
@@ -789,10 +864,8 @@ def measure_trust(bench):
     if not bench.model_file:
         bench.row("Trust in heatmaps", "not measured", "needs a trained model: --model FILE")
         return
-    model = bench.model()
-    test, _ = study.open_split(bench.data / "test", study.input_size(model), 1)
-    photos = [study.model_input(path, *study.input_size(model)) for path in test.paths]
-    (grad_cam, blob, random), count = mean_falls(model, photos, test.labels)
+    model, photos, labels = model_and_test(bench)
+    (grad_cam, blob, random), count = mean_falls(model, photos, labels)
     counts = f"{count} of {len(photos)} test photos"
     what = f"Mean fall of the true class's probability without the hottest fifth, {counts}"
     for fall, name in ((blob, "a centred blob"), (random, "a random smooth map")):
@@ -815,6 +888,62 @@ def measure_trust(bench):
             )
 
 
+# ---- The page ------------------------------------------------------------------------------------
+
+
+def predictions_alone(model, paths):
+    """What an evaluation needs of the photos, and no more."""
+    extract = study.traced_extractor(model, ())
+    for pixels in study.pixel_batches(model, paths):
+        study.maps_and_logits(model, extract(pixels)[0])
+
+
+def measure_page(bench):
+    """What the page adds to the evaluation and the pictures, for few and for many test photos."""
+    model = bench.model()
+    test, names = study.open_split(bench.data / "test", study.input_size(model), 1)
+    for count in bench.page_photos:
+        paths = [Path(path) for path in np.resize(test.paths, count)]
+        labels = np.resize(test.labels, count)
+        output = bench.scratch / f"page_{count}"
+        output.mkdir()
+        alone = seconds(predictions_alone, model, paths)
+        start = time.perf_counter()
+        survey = study.survey_photos(model, paths, labels)
+        surveyed = time.perf_counter() - start
+        evaluation = survey.evaluation(names)
+        explained = study.explain_photos(model, survey, evaluation, names)
+        shown = list(explained.values())
+        with contextlib.redirect_stdout(io.StringIO()), study.Progress() as progress:
+            drawn = study.draw_pictures(output, model, survey, evaluation, shown, None, 0, progress)
+            before = set(output.iterdir())
+            start = time.perf_counter()
+            facts = study.run_facts(model, names, evaluation, None, "")
+            facts |= study.page_facts(output, model, survey, explained, drawn, progress)
+            (output / "run.js").write_text(study.script_text(facts), "ascii")
+            written = time.perf_counter() - start
+        megabytes = sum(path.stat().st_size for path in set(output.iterdir()) - before) / 1e6
+        added = surveyed - alone + written
+        memory = f", {own_peak_memory():.1f} GiB at most" if own_peak_memory() else ""
+        bench.row(
+            f"Page of {count:,} test photos at {model.input_shape[1]} px, added to the predictions",
+            f"{added:.1f} s, {megabytes:.1f} MB{memory}",
+            f"{alone:.1f} s: the predictions alone",
+            "",
+        )
+
+
+def own_peak_memory():
+    """The GiB that this process needed at its peak so far, or None where the system does not
+    tell."""
+    if importlib.util.find_spec("resource") is None:
+        return None
+    import resource
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 # ---- The run -------------------------------------------------------------------------------------
 
 COMPARISONS = {
@@ -824,10 +953,13 @@ COMPARISONS = {
     "pipeline": compare_pipeline,
     "precision": compare_precision,
     "recipe": compare_recipe,
+    "fine-tuning": compare_fine_tuning,
+    "first-run": measure_first_run,
     "patterns": compare_patterns,
     "drawing": compare_drawing,
     "gradcam": compare_gradcam,
     "trust": measure_trust,
+    "page": measure_page,
 }
 
 
@@ -864,7 +996,8 @@ def parse_options():
         "--weights", default="none", metavar="FILE", help="of the model where no --model is given"
     )
     parser.add_argument("--quick", action="store_true", help="only see that everything runs")
-    for name in ("rounds", "peer_filters", "keras_vis_filters", "recipe_epochs", "recipe_size"):
+    numbers = ("rounds", "peer_filters", "keras_vis_filters", "recipe_epochs", "recipe_size")
+    for name in (*numbers, "fine_tuning_epochs", "fine_tuning_size"):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"default: {FULL[name]}"
         )
