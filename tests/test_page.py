@@ -352,7 +352,7 @@ def plain(text):
     return " ".join(html.unescape(re.sub(r"<[^>]*>|[`*_]", "", text)).split())
 
 
-@pytest.mark.parametrize("section", ["photos", "filters", "channels", "evaluation", "run"])
+@pytest.mark.parametrize("section", ["photos", "filters", "channels", "evaluation", "the-run"])
 def test_page_and_readme_tell_alike_how_to_read_a_section_and_what_people_get_wrong(section):
     text = re.search(f'<section id="{section}">(.*?)</section>', PAGE, re.S)[1]
     paragraphs = re.findall(r"<p><b>(.*?)</b>(.*?)(?=<p|<div)", text, re.S)
