@@ -197,7 +197,7 @@ import numpy as np
 import rich.progress
 import tensorflow as tf
 from keras import layers
-from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
+from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
@@ -1983,21 +1983,21 @@ class Explanation:
 
     @property
     def verdict(self):
-        """What the model says of the photo and, where that is known, what is true."""
-        says = (
-            f"It says {self.class_names[self.predicted_index]}, {percent(self.probabilities.max())}"
-        )
-        if self.true_index is None:
-            return (
-                f"{says}; {self.contrast_name}, {percent(self.probabilities[self.contrast_index])}"
-            )
-        if not self.is_mistake:
-            return f"{says}, and is right"
-        true_name = self.class_names[self.true_index]
-        article = "an" if true_name[:1].lower() in "aeiou" else "a"
-        return (
-            f"{says}; it is {article} {true_name}, {percent(self.probabilities[self.true_index])}"
-        )
+        return verdict(self.class_names, self.probabilities, self.true_index)
+
+
+def verdict(class_names, probabilities, true_index):
+    """What the model says of a photo and, where that is known (not None), what is true."""
+    first, second = (*np.argsort(-probabilities, kind="stable"), 0)[:2]
+    named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
+    if true_index is None:
+        return f"It says {named[first]}; {named[second]}"
+    if first == true_index:
+        return f"It says {named[first]}, and is right"
+    true_name = class_names[true_index]
+    article = "an" if true_name[:1].lower() in "aeiou" else "a"
+    share = percent(probabilities[true_index])
+    return f"It says {named[first]}; it is {article} {true_name}, {share}"
 
 
 def percent(share):
@@ -2711,25 +2711,33 @@ PHOTO_COLUMNS = 6  # and rows of a sheet of photos, which a browser loads whole
 def run_facts(model, class_names, evaluation, record, command):
     """What the page says of the run: sentences, settings, versions, classes and evaluation."""
     settings = (record or {}).get("settings", {})
-    test = None
-    if evaluation:
-        confusion, loss = evaluation.confusion.tolist(), round(evaluation.loss, 4)
-        test = {"photos": len(evaluation.labels), "loss": loss, "confusion": confusion}
     versions = {"Python": sys.version.split()[0], "TensorFlow": tf.__version__}
+    named = (settings | versions | {"Keras": keras.__version__}).items()
     return {
-        "format": 1,
+        "format": 2,
         "lead": [training_sentence(class_names, settings), test_sentence(evaluation)],
         "warnings": warnings_about(evaluation),
         "command": command,
-        "settings": {
-            name: printable(value) if isinstance(value, str) else value
-            for name, value in settings.items()
-        },
-        "versions": versions | {"Keras": keras.__version__},
+        "settings": [f"{name}: {printable(str(value))}" for name, value in named],
         "classes": [printable(name) for name in class_names],
-        "input_size": list(input_size(model)),
-        "test": test,
+        "test": None if evaluation is None else test_table(evaluation),
     }
+
+
+def test_table(evaluation):
+    """The confusion matrix as rows of texts and, where a photo may be counted, numbers."""
+    names = [printable(name) for name in evaluation.class_names]
+    counts, correct = evaluation.confusion, np.diag(evaluation.confusion)
+    recall, precision = (
+        [f"{k / n:.2f}" if n else "—" for k, n in zip(correct, counts.sum(axis), strict=True)]
+        for axis in (1, 0)
+    )
+    rows = zip(names, counts.tolist(), recall, strict=True)
+    return [
+        ["true \\ predicted", *names, "recall"],
+        *([name, *row, share] for name, row, share in rows),
+        ["precision", *precision, ""],
+    ]
 
 
 def training_sentence(class_names, settings):
@@ -2753,8 +2761,9 @@ def test_sentence(evaluation):
     count = len(evaluation.labels)
     correct, most = int(np.trace(evaluation.confusion)), np.bincount(evaluation.labels).max()
     return (
-        f"It names {correct:,} of {count:,} test photos right ({percent(correct / count)}); "
-        f"always saying the most frequent class would get {percent(most / count)} right."
+        f"It names {correct:,} of {count:,} test photos right ({percent(correct / count)}, loss "
+        f"{evaluation.loss:.3g}); always saying the most frequent class would get "
+        f"{percent(most / count)} right."
     )
 
 
@@ -2779,21 +2788,27 @@ def page_facts(output, model, survey, explained, drawn, progress):
             path.unlink()
     stored, listed = stored_photos(survey, explained)
     sheets, ratios = save_photos(output, [survey.paths[k] for k in stored], listed, progress)
+    class_names = next(iter(explained.values())).class_names
     photos = []
     for index, (k, ratio) in enumerate(zip(stored, ratios, strict=True)):
-        photo = {"ratio": ratio, "listed": index < listed} | photo_entry(survey, k)
+        sheet, place = divmod(index, PHOTO_COLUMNS**2)
+        photo = {"number": index, "sheet": sheet, "place": place}
+        photo |= {"ratio": ratio, "listed": index < listed}
+        photo |= photo_entry(survey, k, class_names)
         photos.append(photo | (explanation_entries(explained[k]) if k in explained else {}))
-    filters = []
-    for picture in filter(has_sheet, drawn["filters"]):
-        filters.append(filter_entry(output, model, survey, explained, stored, picture))
-        progress.tell(filters[-1]["maps"]["sheet"]["file"])
+    filters = sheet_entries(output, drawn["filters"])
+    for entry in filters:
+        entry |= firing_entries(output, model, survey, explained, stored, entry)
+        progress.tell(entry["maps"]["file"])
     pictures = [picture for pictures in drawn.values() for picture in pictures]
     return {
+        "photo_count": len(survey.paths),
         "photos": photos,
         **sheets,
+        "colours": list(map(to_hex, matplotlib.colormaps[HEATMAP_COLOURS](range(256)))),
         "heatmap_layers": [layer_entry(model, name) for name in heatmap_layers(model)],
         "filters": filters,
-        "layers": grid_entries(output, model, drawn["layers"], photos[0]["name"]),
+        "channels": sheet_entries(output, drawn["layers"]),
         "pictures": [{"file": it.file, "caption": it.caption} for it in pictures],
     }
 
@@ -2823,14 +2838,20 @@ def doubtful_first(probabilities, labels):
     return np.lexsort((np.where(mistake, -confidence, confidence), ~mistake))
 
 
-def photo_entry(survey, number):
+def photo_entry(survey, number, class_names):
     """What the survey found of one photo."""
-    label = int(survey.labels[number])
+    label, probabilities = int(survey.labels[number]), survey.probabilities[number]
+    true_index, confidence = None if label < 0 else label, round(float(probabilities.max()), 4)
+    mistake = label >= 0 and int(probabilities.argmax()) != label
     return {
         "name": survey.name(number),
+        "verdict": verdict(class_names, probabilities, true_index),
         "own": label < 0,
-        "true": None if label < 0 else label,
-        "probabilities": probability_entries(survey.probabilities[number], label),
+        "true": true_index,
+        "mistake": mistake,
+        "confidence": confidence,
+        "doubt": -confidence if mistake else confidence,
+        "probabilities": probability_entries(probabilities, label),
         "heatmaps": heatmap_entries(
             [dict(zip(survey.classes[number].tolist(), survey.heatmaps[number], strict=True))]
         ),
@@ -2862,52 +2883,44 @@ def encoded_heatmap(heatmap):
 
 
 def layer_entry(model, name):
-    """How many positions a layer has, and where they look."""
-    height, width = layer_outputs(model)[name].shape[1:3]
-    return {"layer": name, "height": height, "width": width} | asdict(receptive_fields(model)[name])
+    """How many positions a layer has, and where they look, in shares of the photo's sides.
+
+    (down, across) each. start: the middle of the first; step: to the next; size: what it sees.
+    """
+    field, sides = receptive_fields(model)[name], np.array(input_size(model))
+    pixels = {"start": np.array(field.centre) + 0.5, "step": field.stride, "size": field.size}
+    shares = {what: (it / sides).round(5).tolist() for what, it in pixels.items()}
+    return {"layer": name, "positions": layer_outputs(model)[name].shape[1:3], **shares}
 
 
 def explanation_entries(explanation):
     """The heatmaps of an explained photo at all blocks, and what its own one is worth."""
-    entries = {"heatmaps": heatmap_entries(list(explanation.heatmaps.values()))}
-    if explanation.deletion:
-        names = ("before", "without_top", "without_centre")
-        scores = [round(score, 4) for score in explanation.deletion]
-        entries["deletion"] = {"class": explanation.class_index, "fraction": DELETED_FRACTION}
-        entries["deletion"] |= dict(zip(names, scores, strict=True))
-    return entries
+    heatmaps = heatmap_entries(list(explanation.heatmaps.values()))
+    return {"heatmaps": heatmaps, "worth": deletion_caption(explanation)}
 
 
-def grid_entries(output, model, pictures, photo_name):
-    """The grids of convolutions, each with that of its activation where it has one."""
+def sheet_entries(output, pictures):
+    """The sheets of convolutions, each with that of its activation where it has one."""
     entries = {}
-    for picture in filter(has_sheet, pictures):
-        convolution = picture.sheet.convolution
-        height, width = layer_outputs(model)[convolution.layer].shape[1:3]
-        shown = {"height": height, "width": width, "photo": photo_name, "activated": None}
-        entry = entries.setdefault(convolution.number, asdict(convolution) | shown)
-        kind = "convolution" if picture.sheet.layer == convolution.layer else "activated"
-        entry[kind] = drawn_sheet(output, picture)
+    for picture in pictures:
+        if picture.sheet:
+            convolution = picture.sheet.convolution
+            entry = entries.setdefault(convolution.number, asdict(convolution) | {"sheets": []})
+            entry["sheets"].append(drawn_sheet(output, picture))
     return list(entries.values())
 
 
-def filter_entry(output, model, survey, explained, stored, picture):
-    """A sheet of patterns, and what fires each of its filters. Writes their activation maps."""
-    convolution = picture.sheet.convolution
-    peaks = survey.peaks[convolution.activation]
-    index_of = {k: index for index, k in enumerate(stored)}
-    maps = save_activation_maps(output, model, convolution, peaks, explained)
+def firing_entries(output, model, survey, explained, stored, convolution):
+    """What fires each filter of a sheet of patterns. Writes their activation maps."""
+    layer = convolution["activation"]
+    peaks, index_of = survey.peaks[layer], {k: index for index, k in enumerate(stored)}
+    path = output / f"conv2d_{convolution['number']}_maps.jpg"
     return {
-        **asdict(convolution),
-        **drawn_sheet(output, picture),
-        "field": asdict(receptive_fields(model)[convolution.activation]),
+        "field": layer_entry(model, layer),
         "patches": patch_entries(peaks, index_of),
-        "maps": maps | {"photos": [index_of[k] for k in explained]},
+        "maps": save_activation_maps(path, model, layer, peaks, explained),
+        "peaks": peaks.values[list(explained)].astype(float).round(3).tolist(),
     }
-
-
-def has_sheet(picture):
-    return picture.sheet is not None
 
 
 def drawn_sheet(output, picture):
@@ -2915,7 +2928,8 @@ def drawn_sheet(output, picture):
     sheet = picture.sheet
     count = len(sheet.silent)
     entry = sheet_entry(output / picture.file, count, sheet.side, sheet.columns, gap=2, border=10)
-    return {"sheet": entry, "silent": [k for k in range(count) if sheet.silent[k]]}
+    entry |= {"count": count, "silent": [k for k in range(count) if sheet.silent[k]]}
+    return entry | {"layer": sheet.layer, "caption": picture.caption}
 
 
 def sheet_entry(path, count, side, columns, gap=0, border=0):
@@ -2983,30 +2997,26 @@ def squeezed(path):
     return square, round(photo.shape[1] / photo.shape[0], 3)
 
 
-def save_activation_maps(output, model, convolution, peaks, explained):
+def save_activation_maps(path, model, layer, peaks, explained):
     """Write the activation maps of the filters drawn: a row for each of the explained photos.
 
     Black is 0, and a filter has one scale for all photos, so that they can be compared. Returns the
-    entry of the sheet with its peaks.
+    entry of the sheet.
     """
     values = peaks.values[list(explained)]
     filters = values.shape[1]
     rows = []
     for explanation in explained.values():
         photo = as_batch(model, explanation.pixels)
-        ((activation,),) = layer_activations(model, photo, (convolution.activation,))
-        height, width, _ = activation.shape
+        ((activation,),) = layer_activations(model, photo, (layer,))
         shares = activation[..., :filters].clip(0) / np.maximum(values.max(0), 1e-12)
-        smooth = cv2.INTER_AREA if height > MAP_SIDE else cv2.INTER_LINEAR
+        smooth = cv2.INTER_AREA if len(activation) > MAP_SIDE else cv2.INTER_LINEAR
         rows += [
             cv2.resize(shares[..., k], (MAP_SIDE, MAP_SIDE), interpolation=smooth)
             for k in range(filters)
         ]
     tiles = matplotlib.colormaps[HEATMAP_COLOURS](np.stack(rows), bytes=True)[..., :3]
-    path = output / f"conv2d_{convolution.number}_maps.jpg"
-    sheet = save_tiles(path, tiles, filters, quality=72)
-    peaks = values.astype(float).round(3).tolist()
-    return {"sheet": sheet, "height": height, "width": width, "peaks": peaks}
+    return save_tiles(path, tiles, filters, quality=72)
 
 
 def script_text(run):

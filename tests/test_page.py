@@ -1,6 +1,7 @@
 """What the page promises: data that it can read, heatmaps and patches in their places."""
 
 import base64
+import html
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 import keras
+import matplotlib
 import numpy as np
 import pytest
 from conftest import small_model
@@ -20,6 +22,7 @@ from create_train_val_test import printable
 HOSTILE = ['"rose"', "</script><b>", "$x$ & 'y'", "daisy\n\u2028\\u0041", "Gänseblümchen 菊"]
 NOT_UTF8 = os.fsdecode(b"tulipe \xe9")
 PAGE = study.PAGE.read_text("utf-8")
+README = study.PAGE.parents[1].joinpath("README.md").read_text("utf-8")
 
 
 def parsed(text):
@@ -102,42 +105,99 @@ def test_names_are_told_as_they_are_shown_elsewhere(made):
 
 def test_each_photo_has_what_the_page_shows(made):
     _, _, run = made
-    followed = run["filters"][0]["maps"]["photos"]
-    assert followed == [0, 1, 2, 3, 4] and run["photos"][0]["own"]
-    for photo in run["photos"]:
+    # The first photos are the explained ones, in the order of the rows of activation maps.
+    assert len(run["filters"][0]["peaks"]) == run["photo_count"] == 5 and run["photos"][0]["own"]
+    for number, photo in enumerate(run["photos"]):
+        assert (photo["number"], photo["sheet"], photo["place"]) == (number, 0, number)
         classes = [entry["class"] for entry in photo["heatmaps"]]
         top = [class_index for class_index, _ in photo["probabilities"]]
         assert classes[:2] == top[:2] and photo["true"] in [*classes, None]
         assert photo["ratio"] == 1.5 and photo["own"] == (photo["true"] is None)
+        assert photo["mistake"] == (photo["true"] not in (top[0], None))
+        assert photo["confidence"] == photo["probabilities"][0][1]
+        assert photo["doubt"] == photo["confidence"] * (-1 if photo["mistake"] else 1)
+        assert photo["verdict"].startswith(f"It says {run['classes'][top[0]]}, ")
+        explained = photo["true"] if photo["true"] is not None else top[0]
+        assert run["classes"][explained] in photo["worth"]
         for entry in photo["heatmaps"]:
             for layer, peak, text in zip(
                 run["heatmap_layers"], entry["peaks"], entry["maps"], strict=True
             ):
                 heatmap = base64.b64decode(text)
-                assert len(heatmap) == layer["height"] * layer["width"]
+                assert len(heatmap) == np.prod(layer["positions"])
                 assert max(heatmap) == (255 if peak else 0)
 
 
 def test_filters_and_layers_have_sheets_fields_and_patches(made):
     _, _, run = made
     (one,) = run["filters"]
-    # The third 3 × 3 convolution of strides 2, 2, 1, of 24 filters.
-    assert one["field"] == {"centre": [7, 7], "stride": [4, 4], "size": [15, 15]}
+    # The third 3 × 3 convolution of strides 2, 2, 1, of 24 filters: of 32 pixels each sees 15, the
+    # middle pixel of the first is number 7, and the next one looks 4 further on.
+    where = {"start": [7.5 / 32] * 2, "step": [4 / 32] * 2, "size": [15 / 32] * 2}
+    shares = {what: pytest.approx(share, abs=1e-5) for what, share in where.items()}
+    assert one["field"] == {"layer": "maps_3", "positions": [5, 5], **shares}
+    assert one["maps"]["columns"] == 24 and one["sheets"][0]["count"] == 24
     assert len(one["patches"]) == one["channels"] == 24
     for patches in one["patches"]:
         strengths = [patch[3] for patch in patches]
         assert strengths == sorted(strengths, reverse=True)
         assert len({patch[0] for patch in patches}) == len(patches) <= 5
-    grids = {layer["number"]: layer for layer in run["layers"]}
-    assert list(grids) == [1, 3] and grids[3]["activated"] is None
-    assert grids[3]["photo"] == "own <b>.png" and (grids[3]["height"], grids[3]["width"]) == (5, 5)
+    grids = {channels["number"]: channels["sheets"] for channels in run["channels"]}
+    assert list(grids) == [1, 3] and [sheet["layer"] for sheet in grids[3]] == ["maps_3"]
+    assert "for own <b>.png: 24 channels of 5 × 5 positions" in grids[3][0]["caption"]
+
+
+def test_each_grid_comes_before_that_of_its_activation(tmp_path):
+    paths = [tmp_path / f"{name}.png" for name in ("before", "after")]
+    for path in paths:
+        study.save_tiles(path, np.zeros((3, 16, 16, 3), "uint8"), 3, quality=95)
+    convolution = study.Convolution(2, 9, "conv2d_1", "activation_1", 3)
+    layers_, silent = ("conv2d_1", "activation_1"), ([False] * 3, [False, True, False])
+    pictures = [
+        study.Picture(path.name, path.stem, study.Sheet(convolution, layer, 16, 3, flags))
+        for path, layer, flags in zip(paths, layers_, silent, strict=True)
+    ]
+    (entry,) = study.sheet_entries(tmp_path, [*pictures, study.Picture("other.png", "no sheet")])
+    assert (entry["number"], entry["activation"]) == (2, "activation_1")
+    assert [sheet["layer"] for sheet in entry["sheets"]] == list(layers_)
+    assert [sheet["silent"] for sheet in entry["sheets"]] == [[], [1]]
+    assert [sheet["caption"] for sheet in entry["sheets"]] == ["before", "after"]
+
+
+def test_counts_recall_and_precision_stand_in_one_table():
+    # Three of class a, one of them taken for b; one of b, taken for a; none of c nor taken for it.
+    probabilities = np.eye(3)[[0, 0, 1, 0]]
+    evaluation = study.Evaluation(["a", "b\n", "c"], np.array([0, 0, 0, 1]), probabilities)
+    assert study.test_table(evaluation) == [
+        ["true \\ predicted", "a", "b\\n", "c", "recall"],
+        ["a", 2, 1, 0, "0.67"],
+        ["b\\n", 1, 0, 0, "0.00"],
+        ["c", 0, 0, 0, "—"],
+        ["precision", "0.67", "0.00", "—", ""],
+    ]
+
+
+def test_the_colours_of_the_page_are_those_of_the_pictures(made):
+    expected = np.rint(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3])
+    found = [[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in made[2]["colours"]]
+    assert found == expected.tolist()
+
+
+def expected_loss(run):
+    """The mean surprise at the true classes of the test photos."""
+    tests = [photo for photo in run["photos"] if photo["true"] is not None]
+    return -np.mean([np.log(dict(map(tuple, it["probabilities"]))[it["true"]]) for it in tests])
 
 
 def test_lead_and_warnings_say_what_is_known_and_no_more(made):
     _, _, run = made
     assert run["lead"][0].endswith("from 9 photos in 2 epochs, from scratch.")
-    correct = int(np.trace(run["test"]["confusion"]))
+    counts = [[cell for cell in row if isinstance(cell, int)] for row in run["test"][1:-1]]
+    correct = int(np.trace(counts))
     assert f"{correct} of 4 test photos" in run["lead"][1] and "would get 50 %" in run["lead"][1]
+    loss = float(re.search(r"loss ([\d.]+)\)", run["lead"][1])[1])
+    assert loss == pytest.approx(expected_loss(run), rel=0.01)
+    assert {"epochs: 2", "weights: none", f"Keras: {keras.__version__}"} <= set(run["settings"])
     assert any("only 1 test photos" in warning for warning in run["warnings"])
     assert "not recorded" in study.training_sentence(["a", "b"], {})
     assert study.warnings_about(None) == []
@@ -239,8 +299,9 @@ def test_the_page_cuts_whole_tiles(tmp_path, titled):
         convolution = study.Convolution(1, 1, "conv2d", "conv2d", 11)
         sheet = study.Sheet(convolution, "conv2d", 48, 4, [k == 2 for k in range(11)])
         drawn = study.drawn_sheet(tmp_path, study.Picture(path.name, title, sheet))
-        assert drawn["silent"] == [2]
-        cut = drawn["sheet"]
+        assert drawn["silent"] == [2] and drawn["count"] == 11
+        assert (drawn["caption"], drawn["layer"]) == (title, "conv2d")
+        cut = drawn
     else:
         cut = study.save_tiles(path, tiles, 4, quality=95)
     pixels = np.asarray(Image.open(path).convert("L")).astype(int)
@@ -286,8 +347,21 @@ def test_the_page_needs_nothing_from_elsewhere():
     assert pictures and all(re.search(r'alt="[^"]{10,}"', picture) for picture in pictures)
 
 
-def test_each_section_tells_how_to_read_it_and_what_people_get_wrong():
-    sections = re.findall(r"<section.*?</section>", PAGE, re.S)
-    assert len(sections) == 5
-    for section in sections:
-        assert section.count("How to read it.") == section.count("What people get wrong.") == 1
+def plain(text):
+    """A text without markup, in one line."""
+    return " ".join(html.unescape(re.sub(r"<[^>]*>|[`*_]", "", text)).split())
+
+
+@pytest.mark.parametrize("section", ["photos", "filters", "channels", "evaluation", "the-run"])
+def test_page_and_readme_tell_alike_how_to_read_a_section_and_what_people_get_wrong(section):
+    text = re.search(f'<section id="{section}">(.*?)</section>', PAGE, re.S)[1]
+    paragraphs = re.findall(r"<p><b>(.*?)</b>(.*?)(?=<p|<div)", text, re.S)
+    assert [title for title, _ in paragraphs] == ["How to read it.", "What people get wrong."]
+    for title, words in paragraphs:
+        assert len(words) > 40 and f"{title} {plain(words)}" in plain(README)
+
+
+def test_the_page_stays_short_enough_to_be_read():
+    lines = PAGE.splitlines()
+    assert len(lines) <= 345 and max(map(len, lines)) <= 110
+    assert len(re.findall("<section", PAGE)) == 5

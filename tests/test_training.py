@@ -824,9 +824,9 @@ def test_the_page_is_told_of_every_picture_and_of_how_it_was_trained(whole_run):
     told = json.loads(text.removeprefix("const run = ").removesuffix(";\n"))
     assert {picture["file"] for picture in told["pictures"]} == set(EXPECTED)
     assert set(re.findall(r'"file":"([^"]*)"', text)) == {*EXPECTED, *OF_THE_PAGE}
-    assert "--image-size 75" in told["command"] and told["settings"]["image_size"] == 75
+    assert "--image-size 75" in told["command"] and "image_size: 75" in told["settings"]
     assert told["lead"][0].startswith("InceptionV3 learnt 3 classes (daisy, rose, tulip) from 24 ")
-    assert np.sum(told["test"]["confusion"]) == told["test"]["photos"] == 9
+    assert sum(count for row in told["test"] for count in row if isinstance(count, int)) == 9
 
 
 def test_skip_training_draws_the_same_pictures_as_the_run_that_trained(
