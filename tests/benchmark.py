@@ -405,14 +405,17 @@ def tutorial_recipe(bench, splits, seed, run):
     return model, 0.0
 
 
-def compare_recipes(bench, what, data, run, recipes):
+def compare_recipes(bench, what, data, run, recipes, once=()):
     """Same photos, augmentation, size, batch and epochs; other recipe: rows of the test photos.
 
-    run: size, epochs and weights. recipes: {name: function}, ours first; each trains once a seed.
+    run: size, epochs and weights. recipes: {name: function}, ours first; each trains once a seed,
+    those named in `once` only with the first.
     """
     figures = {name: [] for name in recipes}
     for seed in range(bench.rounds):
         for name, recipe in recipes.items():
+            if seed and name in once:
+                continue
             sizes = {"size": (run["size"],) * 2, "batch_size": 32}
             with contextlib.redirect_stdout(io.StringIO()):
                 splits, _ = study.open_all_splits(data, **sizes, seed=seed)
@@ -428,13 +431,14 @@ def compare_recipes(bench, what, data, run, recipes):
     what = f"{what}, {run['epochs']} epochs at {run['size']} px, {counts} photos"
     (ours, own), *peers = ((name, np.array(rows).T) for name, rows in figures.items())
     for name, peer in peers:
-        losses, accuracies = spread(peer[0] / own[0]), spread(own[1] / peer[1])
+        same = own[:, : peer.shape[1]]  # the same seeds
+        losses, accuracies = spread(peer[0] / same[0]), spread(same[1] / peer[1])
         bench.row(f"Test loss {what}", tell(own[0]), f"{tell(peer[0])}: {name}", losses)
         bench.row(f"Test accuracy {what}", tell(own[1]), f"{tell(peer[1])}: {name}", accuracies)
-        bench.times(f"Time {what}", own[3], peer[3], name, "{:.0f} s".format)
+        bench.times(f"Time {what}", same[3], peer[3], name, "{:.0f} s".format)
     if own[2].any():
         rises = f"Validation loss of fine-tuning's first epoch, minus the head's last, {what}"
-        bench.row(rises, tell(own[2]), "none", ours)
+        bench.row(rises, f"{tell(own[2])}: {ours}", "none", "")
 
 
 def tell(values):
@@ -451,6 +455,9 @@ def compare_recipe(bench):
             compare_recipes(bench, f"from scratch ({kind})", data, run, recipes)
 
 
+FROZEN = ("mixed7", "none")  # beside the default
+
+
 def compare_fine_tuning(bench):
     """From pretrained weights: the default, other blocks to fine-tune from, and the tutorial."""
     if bench.weights == "none":
@@ -460,9 +467,8 @@ def compare_fine_tuning(bench):
     run["epochs"] = bench.fine_tuning_epochs
     recipes = {"--freeze-below mixed2": partial(our_recipe, freeze_below="mixed2")}
     recipes["the tutorial's recipe"] = tutorial_recipe
-    for block in ("mixed7", "none"):
-        recipes[f"--freeze-below {block}"] = partial(our_recipe, freeze_below=block)
-    compare_recipes(bench, "of fine-tuning", bench.data, run, recipes)
+    others = {f"--freeze-below {it}": partial(our_recipe, freeze_below=it) for it in FROZEN}
+    compare_recipes(bench, "of fine-tuning", bench.data, run, recipes | others, once=others)
 
 
 def measure_first_run(bench):
