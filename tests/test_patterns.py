@@ -55,6 +55,17 @@ def test_an_image_is_the_sum_of_its_waves_and_stays_within_8_to_247(monkeypatch)
     np.testing.assert_allclose(study.bounded(np.zeros(3, "float32")), 127.5)
 
 
+def test_the_strength_of_waves_is_the_root_mean_square_of_their_image():
+    waves, scale = study.wave_basis(32)
+    coefficients = np.random.default_rng(0).normal(size=(2, 3, *scale.shape)).astype("float32")
+    coefficients[1] *= 7
+    images = study.waves_to_image(coefficients, waves, scale).numpy()
+    expected = np.sqrt((images**2).mean((1, 2, 3)))
+    np.testing.assert_allclose(
+        np.ravel(study.wave_strength(coefficients, scale)), expected, rtol=1e-4
+    )
+
+
 def test_waves_shorter_than_the_shortest_are_absent_in_every_direction():
     waves, scale = study.wave_basis(32)
     rng = np.random.default_rng(0)
