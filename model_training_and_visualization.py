@@ -1418,7 +1418,7 @@ PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few step
 # Grey levels of the noise at the start (root mean square). In faint noise an image finds the
 # strongest pattern, in strong noise only what happens to lie there. But a filter that has stayed
 # silent is started again from stronger noise.
-PATTERN_STARTS = (6, 20, 60)
+PATTERN_STARTS = (4, 20, 60)
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
 
 
