@@ -2771,9 +2771,9 @@ def warnings_about(evaluation):
     """Sentences on what weakens the run."""
     found = []
     if evaluation and evaluation.accuracy <= evaluation.chance:
-        found.append("It does no better than chance: its pictures show little learning.")
+        found.append("⚠ It does no better than chance: its pictures show little learning.")
     if evaluation and (fewest := evaluation.confusion.sum(1).min()) < 10:
-        found.append(f"A class has only {fewest} test photos: each changes the result by much.")
+        found.append(f"⚠ A class has only {fewest} test photos: each changes the result by much.")
     return found
 
 
@@ -2885,10 +2885,11 @@ def encoded_heatmap(heatmap):
 def layer_entry(model, name):
     """How many positions a layer has, and where they look, in shares of the photo's sides.
 
-    (down, across) each. start: the middle of the first; step: to the next; size: what it sees.
+    (down, across) each. start: the middle of the first; step: to the next; size: what each sees.
     """
     field, sides = receptive_fields(model)[name], np.array(input_size(model))
-    pixels = {"start": np.array(field.centre) + 0.5, "step": field.stride, "size": field.size}
+    pixels = {"start": np.array(field.centre) + 0.5, "step": field.stride}
+    pixels["size"] = np.minimum(field.size, sides)
     shares = {what: (it / sides).round(5).tolist() for what, it in pixels.items()}
     return {"layer": name, "positions": layer_outputs(model)[name].shape[1:3], **shares}
 
@@ -2981,8 +2982,7 @@ def save_photos(output, paths, listed, progress):
             entries.append(save_tiles(path, np.stack(tiles), PHOTO_COLUMNS, quality))
             progress.tell(path.name)
             ratios += some_ratios
-            side = (THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-            thumbnails += [cv2.resize(it, side, interpolation=cv2.INTER_AREA) for it in tiles]
+            thumbnails += map(thumbnail, tiles, some_ratios)
     thumbnails = np.stack(thumbnails[:listed])
     columns = math.ceil(math.sqrt(listed))
     sheet = save_tiles(output / "photos.jpg", thumbnails, columns, quality=70)
@@ -2994,7 +2994,14 @@ def squeezed(path):
     """A photo as a square of PHOTO_SIDE, and its width / height."""
     photo = read_photo(path, at_least=PHOTO_SIDE)
     square = cv2.resize(photo, (PHOTO_SIDE, PHOTO_SIDE), interpolation=cv2.INTER_AREA)
-    return square, round(photo.shape[1] / photo.shape[0], 3)
+    return square, max(0.001, round(photo.shape[1] / photo.shape[0], 3))
+
+
+def thumbnail(square, ratio):
+    """The middle of a squeezed photo of that ratio, in its true proportions."""
+    top, left = (int(PHOTO_SIDE * max(0, 1 - share) / 2) for share in (ratio, 1 / ratio))
+    middle = square[top : PHOTO_SIDE - top, left : PHOTO_SIDE - left]
+    return cv2.resize(middle, (THUMBNAIL_SIDE, THUMBNAIL_SIDE), interpolation=cv2.INTER_AREA)
 
 
 def save_activation_maps(path, model, layer, peaks, explained):
