@@ -2480,6 +2480,7 @@ def draw(
         facts |= page_facts(output, model, survey, explained, drawn, progress)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(script_text(facts), "ascii")
+    remove_old_sheets(output, facts)
     copy_page(output)
 
 
@@ -2783,9 +2784,6 @@ def page_facts(output, model, survey, explained, drawn, progress):
     explained: {photo number: Explanation}, of the photos that can be followed through the layers.
     drawn: {what they show: [Picture]}.
     """
-    for names in ("photos_[0-9]*.jpg", "conv2d_*_maps.jpg"):  # an earlier run may have more
-        for path in output.glob(names):
-            path.unlink()
     stored, listed = stored_photos(survey, explained)
     sheets, ratios = save_photos(output, [survey.paths[k] for k in stored], listed, progress)
     class_names = next(iter(explained.values())).class_names
@@ -3032,6 +3030,16 @@ def script_text(run):
     for letter in "<>&":  # "</script>" would end the script
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return f"const run = {text};\n"
+
+
+def remove_old_sheets(output, facts):
+    """Remove the page's sheets that an earlier run left, and this one has no use for."""
+    shown = [*facts["photo_sheets"], *(entry["maps"] for entry in facts["filters"])]
+    kept = {sheet["file"] for sheet in shown}
+    for names in ("photos_[0-9]*.jpg", "conv2d_*_maps.jpg"):
+        for path in output.glob(names):
+            if path.name not in kept:
+                path.unlink()
 
 
 def copy_page(output):
