@@ -374,5 +374,5 @@ def test_page_and_readme_tell_alike_how_to_read_a_section_and_what_people_get_wr
 
 def test_the_page_stays_short_enough_to_be_read():
     lines = PAGE.splitlines()
-    assert len(lines) <= 285 and max(map(len, lines)) <= 110
+    assert len(lines) <= 300 and max(map(len, lines)) <= 110
     assert len(re.findall("<section", PAGE)) == 5
