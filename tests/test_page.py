@@ -165,15 +165,15 @@ def test_each_grid_comes_before_that_of_its_activation(tmp_path):
 
 
 def test_counts_recall_and_precision_stand_in_one_table():
-    # Three of class a, one of them taken for b; one of b, taken for a; none of c nor taken for it.
-    probabilities = np.eye(3)[[0, 0, 1, 0]]
+    # Three of class a, two of them taken for b; one of b, taken for a; none of c nor taken for it.
+    probabilities = np.eye(3)[[0, 1, 1, 0]]
     evaluation = study.Evaluation(["a", "b\n", "c"], np.array([0, 0, 0, 1]), probabilities)
     assert study.test_table(evaluation) == [
         ["true \\ predicted", "a", "b\\n", "c", "recall"],
-        ["a", 2, 1, 0, "0.67"],
+        ["a", 1, 2, 0, "0.33"],
         ["b\\n", 1, 0, 0, "0.00"],
         ["c", 0, 0, 0, "—"],
-        ["precision", "0.67", "0.00", "—", ""],
+        ["precision", "0.50", "0.00", "—", ""],
     ]
 
 
