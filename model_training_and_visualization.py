@@ -119,7 +119,8 @@ def parse_options():
         default="mixed2",
         choices=["none", *BLOCKS],
         metavar="BLOCK",
-        help="fine-tune from this block up, mixed7 in half the time; none: all (default: mixed2)",
+        help="fine-tune from this block up (default: mixed2); "
+        "mixed7 takes 0.7 of the time and learns less, none (all blocks) takes 1.4 of it",
     )
     add(
         "--learning-rate",
