@@ -2318,8 +2318,8 @@ def mistakes_caption(mistakes):
 EXPLAINED_AT_ONCE = 2  # photos; their feature maps of all layers are in memory together
 SHARES = {  # of the drawing time, roughly
     "layers": 2,
-    "filters": 9,
-    "heatmaps": 3,
+    "filters": 28,
+    "heatmaps": 2,
     "mistakes": 1,
     "evaluation": 1,
     "strip": 1,
