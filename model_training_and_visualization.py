@@ -953,7 +953,7 @@ def feature_extractor(model, layer_names):
 
 
 def folded(extractor):
-    """The same for images of any size and in inference alone, a fifth faster.
+    """The same extractor for images of any size, a fifth faster, for inference alone.
 
     There BatchNormalization only scales and shifts each channel, which a convolution before it does
     as well once its weights are scaled and its bias is shifted. So the two become one.
@@ -1072,9 +1072,10 @@ def choose_convolutions(model, numbers):
 
 
 def heatmap_layer(model):
-    """The name of the last layer with positions that the logits depend on through it alone.
+    """The name of the last layer with positions that all after it is computed from, alone.
 
-    Grad-CAM's usual one. A layer of a single position, which tells no place, only if all are so.
+    It is the usual layer for Grad-CAM. One with a single position, which tells no place, is taken
+    only where there is no other.
     """
     fields, outputs = receptive_fields(model), layer_outputs(model)
     names = [name for name in bottlenecks(model) if name in fields]
@@ -1321,7 +1322,7 @@ def channel_tiles(activation):
         channel = activation[..., index]
         if channel.any():
             strength = np.abs(channel)
-            # Not the highest value has full colour: one hot pixel would turn all others black.
+            # Full colour for the highest value would let one hot pixel turn all others black.
             full = np.percentile(strength, 99.5) or strength.max()
             colours = ACTIVATION_COLOURS(CenteredNorm(0, full)(channel), bytes=True)[..., :3]
             tiles[index] = cv2.resize(colours, (side, side), interpolation=interpolation)
@@ -1404,14 +1405,14 @@ def save_relu(path):
 # ---- 7. Filter patterns: what each filter looks for ----------------------------------------------
 # Each filter gets an image of its own, faint noise at first, that follows the gradient of the
 # filter's mean activation upwards: it becomes what the filter looks for ("Feature Visualization",
-# Olah et al., 2017). Followed is the convolution's own output, as a dead ReLU passes no gradient;
-# whether the filter fires is told by the activation after it.
+# Olah et al., 2017). The gradient is that of the convolution's own output, as a dead ReLU passes
+# none; the activation after it tells whether the filter fires.
 
 FILTERS_DRAWN = 64  # of a convolution, the first ones
 PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
-# How far the image goes on beyond the canvas, in pixels. Where a filter sees the black behind the
-# edge of an image it draws a frame; what lies farther out than this it hardly sees, and every
-# pixel takes time.
+# How far the image goes on beyond the canvas, in pixels. A filter that sees the black behind the
+# edge of an image draws a frame there. A wider margin would take more time, and a filter hardly
+# sees what lies so far out.
 PATTERN_MARGIN = 24
 PATTERN_STEPS = 18
 PATTERN_RATE = 5  # grey levels by which a step changes the image (root mean square)
@@ -1812,8 +1813,8 @@ def save_examples(path, filters, patterns, rows, title):
 # ---- 10. Grad-CAM heatmaps: where the model found its class --------------------------------------
 # Grad-CAM asks how much each channel of a layer raises the logit of a class (the mean of its
 # gradient), and adds up the channels' feature maps with these weights: where the sum is positive,
-# something speaks for the class. It takes the logit, as the softmax is flat, and its gradient
-# nothing, where the model is sure.
+# something speaks for the class. It takes the logit, not the probability after the softmax: where
+# the model is sure, that is flat and has no gradient.
 
 HEATMAP_COLOURS = "inferno"  # from black to yellow: also with colour-blind eyes an order
 OVERLAY_OPACITY = 0.6
@@ -1937,7 +1938,7 @@ class Explanation:
     class_names: list
     probabilities: np.ndarray  # (classes,)
     true_index: int | None  # None: not known
-    # {layer: {class index: (h, w) Grad-CAM heatmap}}, the model's last layer with positions at last
+    # {layer: {class index: (h, w) Grad-CAM heatmap}}; the last is the model's last with positions
     heatmaps: dict
     # The class's probability as the photo is, without the hottest part, and without a central part
     # of the same size; None where the heatmap is empty.
@@ -3059,7 +3060,7 @@ def copy_page(output):
 def main():
     """Train, or load a model; evaluate it; draw what it sees."""
     options = parse_options()
-    # What a settings file may hold otherwise: a model saved so could never be drawn.
+    # A settings file may say otherwise, and a model saved so could never be drawn.
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
