@@ -496,7 +496,7 @@ def measure_first_run(bench):
     bench.row(f"Test accuracy {what}", tell(accuracy), "none", "")
     bench.row(f"Test loss {what}", tell(loss), "none", "")
     bench.row(f"Time {what}, drawing included", f"{np.median(taken):.0f} s", "none", "")
-    bench.row(f"Fall without the hottest fifth {what}", tell(fall), tell(blob), "a centred blob")
+    bench.row(f"Fall without the hottest fifth {what}", tell(fall), f"{tell(blob)}: blob", "")
     bench.row(f"Heatmap energy over the flower's share {what}", tell(energy), "none", "")
 
 
