@@ -971,7 +971,8 @@ def folded(extractor):
             continue
         (normalization,) = following
         shared = calls[convolution] > 1 or calls[normalization] > 1
-        if not shared and id(output) not in asked:
+        of_channels = normalization.axis in (-1, 3)
+        if of_channels and not shared and id(output) not in asked:
             replaced[convolution] = normalized(convolution, normalization)
             replaced[normalization] = lambda inputs, **_: inputs
     image = keras.Input((None, None, 3))
@@ -1990,7 +1991,7 @@ class Explanation:
 
 def verdict(class_names, probabilities, true_index):
     """What the model says of a photo and, where that is known (not None), what is true."""
-    first, second = (*np.argsort(-probabilities, kind="stable"), 0)[:2]
+    first, second = (*most_probable(probabilities), 0)[:2]
     named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
     if true_index is None:
         return f"It says {named[first]}; {named[second]}"
@@ -2039,12 +2040,17 @@ def explain(model, paths, names, class_names, labels, probabilities=None):
     return with_deletion(model, explanations)
 
 
+def most_probable(probabilities):
+    """The class indices of (…, classes), most probable first; of equal ones in order, as argmax."""
+    return np.argsort(-probabilities, axis=-1, kind="stable")
+
+
 def classes_in_question(probabilities, labels):
     """(n, 3) class indices for each photo: the two most probable ones, then the true one.
 
     labels: true class indices; where one is -1, not known, the most probable stands for it.
     """
-    probable = np.argsort(-probabilities, axis=1)[:, :2]
+    probable = most_probable(probabilities)[:, :2]
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
@@ -2860,8 +2866,8 @@ def photo_entry(survey, number, class_names):
 
 def probability_entries(probabilities, label):
     """[class, probability] pairs, most probable first: LISTED_CLASSES of them and the true one."""
-    ranked = np.argsort(-probabilities).tolist()
-    kept = [k for rank, k in enumerate(ranked) if rank < LISTED_CLASSES or k == label]
+    ranking = most_probable(probabilities).tolist()
+    kept = [k for rank, k in enumerate(ranking) if rank < LISTED_CLASSES or k == label]
     return [[k, round(float(probabilities[k]), 4)] for k in kept]
 
 
@@ -3139,7 +3145,7 @@ def require_photos(paths):
 
 def prediction_line(path, probabilities, class_names):
     """The most probable classes of a photo in a line: "cat.jpg: rose 69 %, daisy 29 %"."""
-    best = np.argsort(-probabilities)[:3]
+    best = most_probable(probabilities)[:3]
     named = (f"{printable(class_names[k])} {percent(probabilities[k])}" for k in best)
     return f"{printable(path.name)}: {', '.join(named)}"
 

@@ -197,6 +197,15 @@ def test_the_verdict_names_classes_with_their_own_probabilities():
     assert unknown.verdict == "It says tulip, 69 %; rose, 29 %" and not unknown.is_mistake
 
 
+@pytest.mark.parametrize("sure_of", [None, 700])
+def test_of_equally_probable_classes_the_first_are_in_question_as_they_are_predicted(sure_of):
+    probabilities = np.zeros((1, 1000), "float32")  # so many are sorted in another way than few
+    probabilities[0, sure_of or 0] = sure_of is not None
+    found = explanation(probabilities=probabilities[0], true_index=None, class_names=[""] * 1000)
+    expected = [found.predicted_index, found.contrast_index, found.predicted_index]
+    assert study.classes_in_question(probabilities, [-1]).tolist() == [expected]
+
+
 def test_a_photo_of_unknown_class_is_explained_for_the_predicted_one(tmp_path):
     photo = np.zeros((2, 2, 3), "uint8")
     photo[0, 0] = (0, 200, 0)
