@@ -35,6 +35,6 @@ def test_every_picture_of_the_readme_is_there_and_every_committed_picture_is_sho
     assert shown <= there
     # The page shows all of a run's pictures; its own sheets need no place in the README.
     of_page = {
-        name for name in there if re.match(r"(photos|conv2d_\d+_maps|index|run|strip)", name)
+        name for name in there if re.match(r"(photos(_\d+)?\.|conv2d_\d+_maps|index|run|strip)", name)
     }
     assert there - of_page <= shown | {"heatmap_2.jpg", "heatmap_3.jpg"}
