@@ -1881,7 +1881,8 @@ def head_of(model):
 def place_heatmap(heatmap, field, size):
     """Lay an (h, w) heatmap where its positions look: (height, width) of size, float32.
 
-    Between the centres of the receptive fields it is interpolated, beyond them it goes on.
+    Between the centres of the receptive fields it is interpolated. Beyond the outermost it fades to
+    0 within a stride: the edge of a photo has a part in fewer positions than its middle.
     """
     (centre_y, centre_x), (stride_y, stride_x) = field.centre, field.stride
     to_positions = np.array(
@@ -1892,7 +1893,7 @@ def place_heatmap(heatmap, field, size):
         to_positions,
         tuple(size[::-1]),
         flags=cv2.WARP_INVERSE_MAP | cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
+        borderMode=cv2.BORDER_CONSTANT,
     )
 
 

@@ -128,7 +128,8 @@ def test_a_marker_in_the_corner_and_in_the_centre_is_placed_to_the_pixel(positio
     assert placed[pixel, pixel] == 1
     # Half-way to the next position, two pixels on, half of it is left; at the next one nothing.
     np.testing.assert_allclose(placed[pixel, [pixel + 2, pixel + 4]], [0.5, 0], atol=1e-6)
-    assert placed[0, 0] == (position == (0, 0))  # beyond the outermost centre it stays the same
+    # Beyond the outermost centre it fades likewise: of a stride of 4, the edge is 3 away.
+    assert placed[0, pixel] == placed[pixel, 0] == (0.25 if position == (0, 0) else 0)
 
 
 def test_each_position_is_drawn_as_a_stride_around_its_centre():
@@ -159,9 +160,9 @@ def test_an_overlay_is_hottest_where_the_position_looks_not_where_a_stretch_puts
     photo, overlay = drawn_images(study.Panel(shown, "", heatmap, field))
     assert photo.get_extent() == overlay.get_extent() == [0, 33, 66, 0]
     assert (np.asarray(photo.get_array()) == 90).all()
-    hottest = np.argwhere(np.asarray(overlay.get_array()) == 1)
-    # Row 10, beyond which it goes on upwards, and column 10 + 3 · 2, beyond which it does so right.
-    assert hottest[:, 0].max() == 10 and hottest[:, 1].min() == 16
+    placed = np.asarray(overlay.get_array())
+    assert np.argwhere(placed == 1).tolist() == [[10, 16]]  # column 10 + 3 · 2
+    assert placed[[8, 10], [16, 18]].tolist() == [0, 0]  # a stride further out
     assert overlay.get_alpha() == study.OVERLAY_OPACITY
 
 
