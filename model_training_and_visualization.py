@@ -385,6 +385,9 @@ def open_all_splits(data, size, batch_size, seed):
 # saved file feeds plain photos and cannot get the range wrong.
 
 
+FEWEST_POSITIONS = 5  # a side of the last feature maps; with fewer a heatmap tells little
+
+
 def build_model(class_count, image_size, weights):
     """InceptionV3 on (n, size, size, 3) RGB, 0–255, with a softmax over the classes.
 
@@ -394,19 +397,43 @@ def build_model(class_count, image_size, weights):
     # ImageNet's weights expect [-1, 1].
     scaled = layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(photo)
     base = keras.applications.InceptionV3(include_top=False, weights=None, input_tensor=scaled)
+    if weights == "imagenet":
+        load_imagenet_weights(base)
+    elif weights != "none":
+        base = load_backbone_weights(base, Path(weights))
+    elif base.output.shape[1] < FEWEST_POSITIONS:
+        base = without_last_stride(base)
     for layer in base.layers:
         if isinstance(layer, layers.BatchNormalization):
             # At Keras's 0.99 the moving statistics lag hundreds of steps behind a short run.
             layer.momentum = 0.9
-    if weights == "imagenet":
-        load_imagenet_weights(base)
-    elif weights != "none":
-        load_backbone_weights(base, Path(weights))
     pooled = layers.GlobalAveragePooling2D()(base.output)
     hidden = layers.Dense(256, activation="relu")(pooled)
     hidden = layers.Dropout(0.1)(hidden)
     probabilities = layers.Dense(class_count, activation="softmax", dtype="float32")(hidden)
     return keras.Model(photo, probabilities)
+
+
+def without_last_stride(base):
+    """The same network, untrained, with strides of 1 after mixed7: an output stride of 16, not 32.
+
+    Small photos keep more positions so: 5 × 5 instead of 3 × 3 at 139 pixels. Chen et al.,
+    "DeepLab" (2016).
+    """
+    unchanged = keras.Model(base.input, base.get_layer("mixed7").output).layers
+
+    def with_stride_1(layer):
+        config = layer.get_config()
+        if layer not in unchanged and "strides" in config:
+            config["strides"] = (1, 1)
+        return type(layer).from_config(config)
+
+    return keras.models.clone_model(base, base.inputs, with_stride_1)
+
+
+def lacks_last_stride(backbone):
+    poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
+    return any(layer.strides == (1, 1) for layer in poolings)
 
 
 def load_imagenet_weights(base):
@@ -431,8 +458,9 @@ def load_imagenet_weights(base):
 def load_backbone_weights(base, path):
     """Give the backbone the weights of a file, with a classifier on top of them or without.
 
-    The file is a .keras or .h5 model, a .weights.h5 file, or one that Keras itself downloads
-    (…_kernels_notop.h5, and …_kernels.h5 with its 1000 classes). Raises Stop for other files.
+    Returns the backbone, with the strides of the file's model. The file is a .keras or .h5 model, a
+    .weights.h5 file, or one that Keras itself downloads (…_kernels_notop.h5, and …_kernels.h5 with
+    its 1000 classes). Raises Stop for other files.
     """
     name = printable(path)
     if not path.is_file():
@@ -444,6 +472,8 @@ def load_backbone_weights(base, path):
                 # Safe mode, which is Keras's default, runs no code from the file.
                 saved = keras.saving.load_model(path, compile=False)
                 backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
+                if lacks_last_stride(backbone):
+                    base = without_last_stride(base)
                 base.set_weights(backbone.get_weights())
             else:
                 with_top(base, classes_of_top(path)).load_weights(path)
@@ -453,6 +483,7 @@ def load_backbone_weights(base, path):
             "Give a model of this script, a .weights.h5 file, or a file that Keras downloads:\n"
             "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5 or …_kernels.h5."
         ) from error
+    return base
 
 
 def holds_model(path):
@@ -3244,6 +3275,7 @@ def train_from(options, splits, phases, checkpoints, class_count):
         folder = printable(checkpoints.folder)
         print(f"An interrupted run stands in {folder} after epoch {epochs}.")
         print("Ctrl-C and --resume go on with it; this run replaces it after its first epoch.")
+    keras.utils.clear_session()  # the names of the layers count from the start again
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
     with training_strategy().scope():
@@ -3252,10 +3284,8 @@ def train_from(options, splits, phases, checkpoints, class_count):
             checkpoints.resume(model)
         train(model, splits, phases, checkpoints)
     keras.config.set_dtype_policy("float32")
-    keras.utils.clear_session()  # the names of the layers count from the start again
-    model = build_model(class_count, options.image_size, "none")
-    model.load_weights(checkpoints.file_of(checkpoints.best_epoch))
-    return model
+    best = checkpoints.file_of(checkpoints.best_epoch)
+    return in_float32(keras.saving.load_model(best, compile=False))
 
 
 def read_record(path):

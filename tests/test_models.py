@@ -93,13 +93,16 @@ def test_a_heatmap_lies_where_the_gradient_says_that_its_positions_look(architec
 
 
 def test_the_blocks_of_inceptionv3_look_where_its_unpadded_strides_lead(inception):
-    model, _ = inception
-    fields = study.receptive_fields(model)
-    # The stem's unpadded 3 × 3 windows (strides 2, 1, 2, 1, 2) shift the first centre by
-    # 1 + 2 + 2 + 4 + 4 pixels; each of the two reductions shifts it by one position more.
-    looks = [(13, 8)] * 3 + [(21, 16)] * 5 + [(37, 32)] * 3
-    for name, (centre, stride) in zip(study.BLOCKS, looks, strict=True):
-        assert fields[name].centre == (centre, centre) and fields[name].stride == (stride, stride)
+    own, _ = inception  # at 75 px: its last reduction has strides of 1
+    original = keras.applications.InceptionV3(weights=None)
+    for model, last_stride in ((own, 16), (original, 32)):
+        fields = study.receptive_fields(model)
+        # The stem's unpadded 3 × 3 windows (strides 2, 1, 2, 1, 2) shift the first centre by
+        # 1 + 2 + 2 + 4 + 4 pixels; each of the two reductions shifts it by one position more.
+        looks = [(13, 8)] * 3 + [(21, 16)] * 5 + [(37, last_stride)] * 3
+        for name, (centre, stride) in zip(study.BLOCKS, looks, strict=True):
+            assert fields[name].centre == (centre, centre), name
+            assert fields[name].stride == (stride, stride), name
 
 
 def test_a_receptive_field_is_as_large_as_the_pixels_that_change_the_activation():

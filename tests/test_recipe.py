@@ -100,6 +100,26 @@ def test_every_kind_of_file_gives_its_weights_to_the_layers_they_belong_to(weigh
             assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True)), path
 
 
+def test_from_scratch_small_photos_keep_more_positions_and_weights_keep_their_strides(
+    weight_files, tmp_path
+):
+    def positions(model):
+        return [model.get_layer(name).output.shape[1:3] for name in ("mixed7", "mixed10")]
+
+    fresh = study.build_model(2, 139, "none")
+    fresh.save(tmp_path / "fresh.keras")
+    further = study.build_model(2, 139, str(tmp_path / "fresh.keras"))
+    for old, new in zip(weights_in_order(fresh), weights_in_order(further), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+    # A window of 3 × 3 on 7 × 7 positions has 5 × 5 places; every second one is 3 × 3.
+    assert positions(fresh) == positions(further) == [(7, 7), (5, 5)]
+    field = study.receptive_fields(fresh)["mixed10"]
+    assert field.stride == (16, 16) and field.centre == (37, 37)
+    (pretrained,) = (path for path in weight_files[0] if path.suffix == ".keras")
+    assert positions(study.build_model(2, 139, str(pretrained))) == [(7, 7), (3, 3)]
+    assert positions(study.build_model(2, 203, "none")) == [(11, 11), (5, 5)]
+
+
 def test_a_file_of_another_model_is_refused_with_the_names_of_files_that_fit(tmp_path):
     small = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
     write_keras_2_layout(tmp_path / "other.h5", small)
