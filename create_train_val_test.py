@@ -150,12 +150,11 @@ def examine(photo, source, folder, link):
 # flowers and 11 kinds of altered copies of each, those of copies correlated at 0.93 and more, and
 # those of two different photos at 0.54 and less, even at the best of all small shifts.
 
-MAX_DISTANCE = 6  # bits; holds 98 to 100 % of copies after a usual change of size, quality or tint
+# Bits: no more tell 98 to 100 % of resized, recompressed or tinted copies from their original.
+MAX_DISTANCE = 6
 MIN_CORRELATION = 0.8
-THUMBNAIL = (
-    36,
-    32,
-)  # width and height in pixels: four a side for each of the 9 × 8 places of the hash
+# Width and height in pixels: four a side for each of the 9 × 8 places of the hash.
+THUMBNAIL = (36, 32)
 MIN_EDGE = 2.0  # grey levels of 255; weaker edges do not tell a plain picture from another
 REACH = 64  # neighbours to compare in a crowded bucket; more would take quadratic time
 # The same scene shot twice, or cut a little closer, is the same picture too.
@@ -283,9 +282,9 @@ def correlation_when_moved(one, other):
 
 
 def cut(pictures, down, right):
-    """What is left of (…, height, width) pictures without `down` rows and `right` columns.
+    """(…, height, width) pictures without their first `down` rows and `right` columns.
 
-    These are the first ones, or for negative numbers the last.
+    A negative number leaves out the last ones instead.
     """
     height, width = pictures.shape[-2:]
     rows = slice(max(down, 0), height + min(down, 0))
