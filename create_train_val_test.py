@@ -150,7 +150,7 @@ def examine(photo, source, folder, link):
 # flowers and 11 kinds of altered copies of each, those of copies correlated at 0.93 and more, and
 # those of two different photos at 0.54 and less, even at the best of all small shifts.
 
-# Bits: no more tell 98 to 100 % of resized, recompressed or tinted copies from their original.
+# Bits: 98 to 100 % of resized, recompressed or tinted copies differ from the original in no more.
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.8
 # Width and height in pixels: four a side for each of the 9 × 8 places of the hash.
