@@ -1929,9 +1929,15 @@ def place_heatmap(heatmap, field, size):
 
 
 def top_fraction(heatmap, fraction=DELETED_FRACTION):
-    """Boolean mask of that fraction of an (h, w) heatmap's pixels which has the highest values."""
+    """Boolean mask of that fraction of an (h, w) heatmap's pixels which has the highest values.
+
+    Of equal values, such as the 0 where nothing is marked, those nearest to the highest come first.
+    """
+    peak_row, peak_column = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    rows, columns = np.indices(heatmap.shape)
+    distance = np.hypot(rows - peak_row, columns - peak_column)
+    order = np.lexsort((distance.ravel(), -heatmap.ravel()))
     mask = np.zeros(heatmap.size, bool)
-    order = np.argsort(-heatmap, axis=None, kind="stable")
     mask[order[: round(fraction * heatmap.size)]] = True
     return mask.reshape(heatmap.shape)
 

@@ -271,6 +271,10 @@ def test_deleting_everything_leaves_the_blurred_photo_and_deleting_nothing_the_p
 def test_the_hottest_fifth_holds_the_highest_values():
     heatmap = np.arange(100.0).reshape(10, 10)
     assert study.top_fraction(heatmap, 0.2).nonzero()[0].tolist() == [8] * 10 + [9] * 10
+    spot = np.zeros((10, 10))
+    spot[6, 7] = 1  # nothing else is marked: the rest of a twentieth lies around it
+    around = [(5, 7), (6, 6), (6, 7), (6, 8), (7, 7)]
+    assert np.argwhere(study.top_fraction(spot, 0.05)).tolist() == [list(it) for it in around]
 
 
 def test_each_heatmap_is_titled_with_the_class_that_it_explains(panels, monkeypatch, tmp_path):
