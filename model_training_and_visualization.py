@@ -66,7 +66,7 @@ AUGMENTATION = {
 # In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
 GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
-DELETED_FRACTION = 0.2  # of a photo, blurred away to see what its heatmap is worth
+DELETED_FRACTION = 0.2  # of a photo, blurred away for its heatmap's deletion score
 
 # ---- What can be asked for, before the libraries are loaded --------------------------------------
 # TensorFlow takes seconds to load; whoever asks for --help or mistypes an option need not wait.
@@ -126,7 +126,7 @@ def parse_options():
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="the highest one, but for the head (default: 3e-4; from scratch 5e-4)",
+        help="its peak, except while the head learns alone (default: 3e-4; from scratch 5e-4)",
     )
     add("--mixed-precision", action="store_true", help="half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
@@ -161,7 +161,7 @@ def check_options(parser, options):
 def load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
-        # It may name a backend that is missing, which ends the import; pictures need none.
+        # It may name a backend that is not installed, and the import fails; files need no backend.
         os.environ.pop("MPLBACKEND", None)
     for name in ("matplotlib", "cv2", "keras", "tensorflow"):
         try:
@@ -186,7 +186,7 @@ os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory:
 
 if __name__ == "__main__":
     run(parse_options)
-    gc.disable()  # the libraries make objects by the million, all to stay: no garbage among them
+    gc.disable()  # while the libraries load: they make millions of objects, and hardly any garbage
     run(load_libraries)
 
 import cv2
@@ -238,7 +238,7 @@ def model_input(path, height, width):
 
 
 class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
-    """ImageDataGenerator whose affine step is one OpenCV warp: SciPy's picture, much faster."""
+    """ImageDataGenerator whose affine step is an OpenCV warp: the result of SciPy's, but faster."""
 
     def apply_transform(self, x, transform_parameters):
         """Turn, shift, shear, zoom and mirror a (height, width, 3) float photo; see Keras."""
@@ -274,10 +274,10 @@ def affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
 
 
 class PhotoBatches(keras.utils.PyDataset):
-    """Batches of photos (n, size, size, 3) float32 RGB, 0–255, and labels (n, classes) one-hot.
+    """Batches of photos (n, height, width, 3) float32 RGB, 0–255, and labels (n, classes) one-hot.
 
-    With a generator they come shuffled and augmented anew in every epoch, and the same for the same
-    seed and epoch, whichever worker builds them.
+    With a generator the photos are shuffled and augmented anew in every epoch. The same seed and
+    epoch give the same batches, whichever worker builds them.
     """
 
     seeding = threading.Lock()  # Keras draws from NumPy's global generator, which workers share
@@ -385,7 +385,9 @@ def open_all_splits(data, size, batch_size, seed):
 # saved file feeds plain photos and cannot get the range wrong.
 
 
-FEWEST_POSITIONS = 5  # a side of the last feature maps; with fewer a heatmap tells little
+# Along each side of the last feature maps, from scratch: with fewer a heatmap tells little. Weights
+# that are given keep the strides that they were learnt with.
+FEWEST_POSITIONS = 5
 
 
 def build_model(class_count, image_size, weights):
@@ -405,7 +407,7 @@ def build_model(class_count, image_size, weights):
         base = without_last_stride(base)
     for layer in base.layers:
         if isinstance(layer, layers.BatchNormalization):
-            # At Keras's 0.99 the moving statistics lag hundreds of steps behind a short run.
+            # At Keras's 0.99 the moving statistics lag hundreds of steps: too far for a short run.
             layer.momentum = 0.9
     pooled = layers.GlobalAveragePooling2D()(base.output)
     hidden = layers.Dense(256, activation="relu")(pooled)
@@ -517,8 +519,9 @@ def with_top(base, class_count):
 # ---- 3. Training: first the head, then the upper blocks ------------------------------------------
 # Pretrained layers know edges, petals and textures; a new head knows nothing, and its first wild
 # gradients would spoil them. So the head learns alone on the frozen base ("head"), then the upper
-# blocks follow at a low learning rate that falls along a cosine ("fine-tuning"). From scratch all
-# layers learn at once, after a short warm-up ("scratch").
+# blocks follow at a low learning rate ("fine-tuning"). From scratch all layers learn at once
+# ("scratch"). In both of these the rate warms up for a tenth of the steps, then falls to 0 along a
+# cosine.
 
 
 @dataclass(frozen=True)
@@ -535,7 +538,7 @@ class Phase:
 
 
 def training_phases(epochs, weights, freeze_below, learning_rate=None):
-    """The phases of a run: one from scratch; from given weights the head's fifth, then the rest."""
+    """From scratch one phase; else the head for a fifth of the epochs, then upper blocks too."""
     if weights == "none":
         return [Phase("scratch", 0, epochs, "none", learning_rate or 5e-4, cosine=True)]
     head_end = math.ceil(epochs / 5)
@@ -553,7 +556,7 @@ def training_phases(epochs, weights, freeze_below, learning_rate=None):
 
 
 def freeze(model, phase):
-    """Let the layers that the phase names learn, and no others; BatchNormalization only on demand.
+    """Let the phase's layers learn, and no others; BatchNormalization only in phase "scratch".
 
     Frozen, it scales by the moving mean and variance that came with the weights, in training as in
     validation. In every phase but "scratch" it stays so: the head learns on features that are
@@ -589,7 +592,7 @@ def compile_for(model, phase, steps_per_epoch):
         )
     optimizer = keras.optimizers.Adam(rate)
     model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
-    # Optimizer and metrics make their variables now; in the first step that would trace it twice.
+    # Optimizer and metrics get their variables now: made in the first step, it is traced twice.
     model.optimizer.build(model.trainable_variables)
     nothing = np.zeros((1, *model.output_shape[1:]), "float32")
     model.compute_metrics(None, nothing, nothing)
@@ -607,12 +610,12 @@ def train(model, splits, phases, checkpoints):
             continue
         compile_for(model, phase, len(photos))
         if checkpoints.epochs > phase.start_epoch:
-            # Once more, now with the optimizer's state.
+            # Loaded again: there is an optimizer now, which gets its state back.
             model.load_weights(checkpoints.file_of(checkpoints.epochs))
         photos.epoch = checkpoints.epochs
         epochs = f"epochs {checkpoints.epochs + 1} to {phase.end_epoch}"
         print(f"Phase {phase.name}: {epochs}, learning rate {phase.learning_rate:g}.")
-        print("Before its first step it is compiled, which takes a while.", flush=True)
+        print("Its first step takes a while, as the model is compiled.", flush=True)
         try:
             model.fit(
                 photos,
@@ -640,8 +643,8 @@ class Checkpoints(keras.callbacks.Callback):
     """Keeps whole epochs in a folder, so that an interrupted run can go on.
 
     A checkpoint is one .keras file with weights, optimizer, settings and history. Unlike Keras's
-    BackupAndRestore it is never written in place. The last two stay, in case the last cannot be
-    read, and the best so far of both. Raises Stop where the loss is NaN.
+    BackupAndRestore it is never written in place. The last two epochs stay, in case the last cannot
+    be read, and with each the epoch that was the best by then. Raises Stop where the loss is NaN.
     """
 
     RECORD = "record.json"  # in the file, beside what Keras writes: settings and history
@@ -748,7 +751,7 @@ def training_strategy():
 
 # ---- 4. Evaluation: what the model gets right and wrong ------------------------------------------
 # The test photos took no part in training, nor in the choice of the best epoch: their metrics tell
-# how the model does on photos that it has never met. They are asked for once, at the end.
+# how the model does on photos that it has never met. They are computed once, at the end.
 
 
 @dataclass(frozen=True)
@@ -781,7 +784,7 @@ class Evaluation:
 
     @property
     def chance(self):
-        """The accuracy that guessing the most frequent class reaches, within two deviations."""
+        """The accuracy of always guessing the most frequent class, plus 2 standard deviations."""
         share = np.bincount(self.labels).max() / len(self.labels)
         return share + 2 * math.sqrt(share * (1 - share) / len(self.labels))
 
@@ -843,7 +846,7 @@ def choose_examples(evaluation):
 
 
 def nodes(model):
-    """The nodes of a model's graph, each after its inputs, branches in the order of their merge.
+    """The nodes of a model's graph, each after its inputs, branches in the order they are merged.
 
     For the models of keras.applications that is the order in which their layers were created;
     model.layers and model.operations are sorted by depth instead.
@@ -898,7 +901,7 @@ def rebuild(model, photo, replaced=None):
 def flatten(model, photo):
     """The model as one flat graph from another input tensor, its nested models unfolded.
 
-    Where two layers then have the same name, which Keras allows in none, the second is renamed.
+    Where two layers then have the same name, which Keras forbids, the second one is renamed.
     """
     outputs = rebuild(model, photo)
     name_apart(outputs)
@@ -906,7 +909,7 @@ def flatten(model, photo):
 
 
 def name_apart(outputs):
-    """Rename layers before these tensors whose name an earlier one has: "add" becomes "add_b"."""
+    """Rename each layer before these tensors that has the name of an earlier one: add to add_b."""
     named = {}
     for node in nodes_before(outputs):
         layer = node.operation
@@ -986,8 +989,8 @@ def feature_extractor(model, layer_names):
 def folded(extractor):
     """The same extractor for images of any size, a fifth faster, for inference alone.
 
-    There BatchNormalization only scales and shifts each channel, which a convolution before it does
-    as well once its weights are scaled and its bias is shifted. So the two become one.
+    In inference BatchNormalization only scales and shifts each channel. The convolution before it
+    does the same with scaled weights and a shifted bias: the two become one.
     """
     graph = nodes(extractor)
     consumers, calls = consumers_of(graph), Counter(node.operation for node in graph)
@@ -1048,7 +1051,7 @@ ACTIVATIONS = (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.PReLU, l
 
 
 def convolutions(model):
-    """All convolutions of the model that see positions of the photo, in the order of the graph."""
+    """All convolutions of the model whose output has positions, in the order of the graph."""
     fields, graph = receptive_fields(model), nodes(classifier(model))
     consumers = consumers_of(graph)
     found = [
@@ -1080,7 +1083,8 @@ def consumers_of(graph):
 def activation_of(node, consumers):
     """The layer that activates a convolution's output, through its BatchNormalization.
 
-    Where none does (the convolution has its own, or a merge comes first) the last of these layers.
+    Where none does (the convolution has an activation of its own, or a merge comes first): the
+    BatchNormalization, or without one the convolution.
     """
     while True:
         following = consumers.get(id(node.outputs[0]), [])
@@ -1104,10 +1108,10 @@ def choose_convolutions(model, numbers):
 
 
 def heatmap_layer(model):
-    """The name of the last layer with positions that all after it is computed from, alone.
+    """The name of the last layer with positions whose output alone feeds all that comes after it.
 
-    It is the usual layer for Grad-CAM. One with a single position, which tells no place, is taken
-    only where there is no other.
+    It is the usual layer for Grad-CAM. A layer with a single position, which tells no place, is
+    taken only if there is no other.
     """
     fields, outputs = receptive_fields(model), layer_outputs(model)
     names = [name for name in bottlenecks(model) if name in fields]
@@ -1116,7 +1120,7 @@ def heatmap_layer(model):
 
 
 def bottlenecks(model):
-    """Names of the layers that everything after them depends on through them alone."""
+    """Names of the layers that no connection bypasses: all later ones depend on them alone."""
     graph = nodes(classifier(model))
     last_use = {}
     for place, node in enumerate(graph):
@@ -1172,7 +1176,7 @@ class ReceptiveField:
     size: tuple  # what a position can see
 
     def after_window(self, kernel, strides, padding):
-        """The field after a window of this kernel size, with so many pixels padded before."""
+        """The field after a window of this kernel size; padding: positions put before the first."""
         centre, stride, size = map(np.array, (self.centre, self.stride, self.size))
         kernel, strides, padding = map(np.array, (kernel, strides, padding))
         centre = centre + ((kernel - 1) / 2 - padding) * stride
@@ -1236,7 +1240,7 @@ def field_after(layer, sources, output, by_tensor):
 
 
 def union(fields):
-    """The receptive field of positions that see what several see, as after a merge."""
+    """The smallest receptive field that covers several, as after a merge."""
     centres, sizes = (
         np.array([getattr(field, name) for field in fields]) for name in ("centre", "size")
     )
@@ -1412,9 +1416,8 @@ def grid_caption(title, activation, photo_name):
     """Two lines: what the sheet of an (h, w, channels) activation shows, and its colours."""
     height, width, channels = activation.shape
     silent = int((~activation.any((0, 1))).sum())
-    firing = (
-        f"{silent} channels are 0 everywhere (crossed)" if silent else "no channel is 0 everywhere"
-    )
+    which = {0: "no channel is", 1: "1 channel is"}.get(silent, f"{silent} channels are")
+    firing = f"{which} 0 everywhere" + (" (crossed)" if silent else "")
     negative = "blue negative, " if activation.min() < 0 else ""
     return (
         f"{title} for {photo_name}: {channels} channels of {height} × {width} positions\n"
@@ -1442,16 +1445,16 @@ def save_relu(path):
 
 FILTERS_DRAWN = 64  # of a convolution, the first ones
 PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
-# How far the image goes on beyond the canvas, in pixels. A filter that sees the black behind the
-# edge of an image draws a frame there. A wider margin would take more time, and a filter hardly
+# How far the image goes on beyond the canvas, in pixels. A filter that sees the zeros which pad
+# the edge of an image draws a frame there. A wider margin would take more time, and a filter hardly
 # sees what lies so far out.
 PATTERN_MARGIN = 24
 PATTERN_STEPS = 18
 PATTERN_RATE = 5  # grey levels by which a step changes the image (root mean square)
 PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few steps; more overshoots
-# Grey levels of the noise at the start (root mean square). In faint noise an image finds the
-# strongest pattern, in strong noise only what happens to lie there. But a filter that has stayed
-# silent is started again from stronger noise.
+# Grey levels of the noise at the start (root mean square). From faint noise the ascent finds
+# the strongest pattern, from strong noise only what happens to lie there. A filter that stays
+# silent all the same is started again from stronger noise.
 PATTERN_STARTS = (4, 20, 60)
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
 
@@ -1461,8 +1464,9 @@ def filter_patterns(model, layer_name, filters, seed=0, on_progress=None):
 
     model: takes RGB, 0–255. filters: their numbers. Returns (n, 128, 128, 3) uint8 pictures, which
     can be repeated without a seam, and (n,) booleans: whether the activation that follows the
-    convolution is above 0 anywhere on the finished picture. on_progress: called with the number of
-    filters done. Raises Stop for a layer that is no convolution of the model.
+    convolution is above 0 anywhere on the finished picture. on_progress: called with the place in
+    `filters` that is reached, lower again where silent ones are started anew. Raises Stop for a
+    layer that is no convolution of the model.
     """
     convolution = find_convolution(model, layer_name)
     field = receptive_fields(model)[layer_name]
@@ -1536,7 +1540,7 @@ def ascent_step(extractor, field, waves, scale, margin):
             images = bounded(waves_to_image(coefficients, waves, scale))
             maps = extractor(images, training=False)[0]
             means = tf.reduce_mean(maps[:, start[0] : end[0], start[1] : end[1]], (1, 2))
-            # The sum leaves each image its own gradient: none has a part in another's mean.
+            # An image changes only its own mean, so the gradient of the sum is each image's own.
             activation = tf.reduce_sum(tf.gather(means, filters, axis=1, batch_dims=1))
         momentum = PATTERN_MOMENTUM * momentum + tape.gradient(activation, coefficients)
         return coefficients + PATTERN_RATE * momentum / wave_strength(momentum, scale), momentum
@@ -1580,17 +1584,18 @@ def patterns_caption(convolution, fires):
 
 
 # ---- 8. Waves: what a pattern is made of ---------------------------------------------------------
-# What changes in an ascent are not pixels but the waves that the image is the sum of, in colours
-# that are as independent as those of photos: pixels on their own end in noise. The waves have no
-# edges: beyond the canvas they go on, and all that the filter sees is pattern.
+# The ascent does not change single pixels, which would end in noise. It changes the waves that the
+# image is the sum of (its Fourier coefficients), in decorrelated colours: three that vary almost
+# independently in photos. The waves go on beyond the canvas: all that a filter sees is pattern.
 
 PATTERN_CONTRAST = 60  # grey levels of the finished picture (standard deviation before the bounds)
 SHORTEST_WAVELENGTH = 3.5  # pixels: shorter waves raise the activation as noise no eye resolves
 FLAT_COLOUR = 0.8  # strength of the mean colour; at 1 some early filters paint nothing else
 
 # Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red,
-# green and blue, columns are brightness, blue to yellow and green to magenta. Scaled to the length
-# of the first column, and the last two 3 times as strong as in photos, where patterns look muted.
+# green and blue, columns are brightness, blue to yellow and green to magenta. Divided by
+# the length of the first column. The last two are 3 times as strong as in photos: with the colours
+# of photos patterns look muted.
 COLOUR_CORRELATION_ROOT = np.array(
     [[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], "float32"
 )
@@ -1601,9 +1606,9 @@ COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "flo
 def canvas_margin(field):
     """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
 
-    About half of what a filter sees, at most PATTERN_MARGIN. Whole strides, so that the finished
-    picture lies in the grid of positions as it did here: a filter may fire at one offset and not
-    some pixels on.
+    About half of what a filter sees, at most PATTERN_MARGIN. In whole strides, so that the
+    positions look at the same places of the finished picture as of the canvas: a filter that fires
+    on a pattern may not fire on the same one moved by some pixels.
     """
     stride = int(max(field.stride))
     reach = min(PATTERN_MARGIN, int(max(field.size)) // 2 + stride - 1)
@@ -1623,8 +1628,8 @@ def wave_basis(longest_wavelength, margin=0):
     angle = 2 * np.pi * np.outer(cycles, pixels) / PATTERN_SIZE
     frequency = np.hypot(cycles[:, None], cycles)
     wavelength = PATTERN_SIZE / np.maximum(frequency, PATTERN_SIZE / longest_wavelength)
-    # The square root lies between white noise, which is all speckle, and photos (1/f), which are
-    # all blotches.
+    # The square root lies between a flat spectrum, which gives speckle, and that of photos (1/f),
+    # which gives blotches.
     scale = np.sqrt(wavelength / longest_wavelength)
     scale[frequency > PATTERN_SIZE / SHORTEST_WAVELENGTH] = 0  # alike in all directions
     scale[frequency == 0] *= FLAT_COLOUR
@@ -1632,7 +1637,10 @@ def wave_basis(longest_wavelength, margin=0):
 
 
 def start_noise(filters, seeds, scale):
-    """Coefficients (n, 3, waves, waves) of noise of one grey level, the same for a filter alone."""
+    """Coefficients (n, 3, waves, waves) of noise with a root mean square of 1 grey level.
+
+    A filter gets the same noise whichever other filters are drawn with it.
+    """
     shape = (3, *scale.shape)
     noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
     noise = np.stack(noise).astype("float32")
@@ -1660,7 +1668,7 @@ def in_rgb(coefficients, scale):
 
 
 def bounded(image):
-    """The image about 0 as RGB from 8 to 247: bent towards the bounds, as cutting it off burns."""
+    """The image about 0 as RGB from 8 to 247, bent smoothly towards the bounds, not clipped."""
     return 127.5 + 119.5 * tf.tanh(image / 119.5)
 
 
@@ -1820,7 +1828,7 @@ def save_examples(path, filters, patterns, rows, title):
         PATCH_SIDE + 8,
         28,
         70,
-    )  # pixels: of a tile, of the text below it, left of all
+    )  # pixels: a tile and its gap, the line of text below it, the margin for the numbers
     sheet = np.full(
         (len(filters) * (pitch + line), gap + (1 + EXAMPLE_PATCHES) * pitch, 3), BACKGROUND, "uint8"
     )
@@ -1848,7 +1856,7 @@ def save_examples(path, filters, patterns, rows, title):
 # something speaks for the class. It takes the logit, not the probability after the softmax: where
 # the model is sure, that is flat and has no gradient.
 
-HEATMAP_COLOURS = "inferno"  # from black to yellow: also with colour-blind eyes an order
+HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
 OVERLAY_OPACITY = 0.6
 
 
@@ -1878,7 +1886,7 @@ def batch_grad_cam(forward, inputs, classes):
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(inputs)
         *features, logits = forward(inputs)
-        # No photo has a part in another's logit, so that each has its own gradient of their sum.
+        # A photo changes only its own logit, so the gradient of the sum is each photo's own.
         sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
     heatmaps = [[] for _ in features]
     for logit_sum in sums:
@@ -1910,10 +1918,10 @@ def head_of(model):
 
 
 def place_heatmap(heatmap, field, size):
-    """Lay an (h, w) heatmap where its positions look: (height, width) of size, float32.
+    """Lay an (h, w) heatmap where its positions look: float32 of this size, (height, width).
 
     Between the centres of the receptive fields it is interpolated. Beyond the outermost it fades to
-    0 within a stride: the edge of a photo has a part in fewer positions than its middle.
+    0 within a stride: fewer positions see the edge of a photo than see its middle.
     """
     (centre_y, centre_x), (stride_y, stride_x) = field.centre, field.stride
     to_positions = np.array(
@@ -1943,7 +1951,7 @@ def top_fraction(heatmap, fraction=DELETED_FRACTION):
 
 
 def centred_blob(size):
-    """What anyone would guess: (height, width) values that fall with the distance to the middle."""
+    """The control: (height, width) values that fall with the distance to the middle."""
     rows, columns = np.indices(size)
     return -np.hypot(rows - (size[0] - 1) / 2, columns - (size[1] - 1) / 2)
 
@@ -2093,7 +2101,7 @@ def classes_in_question(probabilities, labels):
 
 
 def with_deletion(model, explanations):
-    """The Explanations, told what their heatmaps are worth."""
+    """The same Explanations with the deletion scores of their heatmaps and of the control."""
     size, field = input_size(model), receptive_fields(model)[heatmap_layer(model)]
     central = top_fraction(centred_blob(size))
     photos, masks = [], []
@@ -2109,7 +2117,7 @@ def with_deletion(model, explanations):
 
 
 def deletion_caption(explanation):
-    """What the heatmap is worth on this photo, in words; see deletion_scores."""
+    """The deletion scores of the heatmap and of the control, in words; see deletion_scores."""
     name = explanation.class_name
     if explanation.deletion is None:
         return f"Nothing speaks for {name}: the heatmap is empty."
@@ -2173,7 +2181,7 @@ def positions_extent(panel):
 
 
 def shown_aspect(photo):
-    """The height of a photo's panel in widths: its own, but squeezed to 2.5 to 1 where beyond."""
+    """A panel's height / width: that of its photo, but at least 0.4 and at most 2.5."""
     return float(np.clip(photo.shape[0] / photo.shape[1], 0.4, 2.5))
 
 
@@ -2322,7 +2330,7 @@ def draw_blocks(output, model, explanation):
 def draw_mistakes(output, model, explanations):
     """Draw for up to three mistakes the heatmaps of the predicted and the true class, compared.
 
-    Without a mistake among the explanations their true and their next class are compared.
+    Without any mistakes, the true class is compared with the most probable other one.
     """
     mistakes = [explanation for explanation in explanations if explanation.is_mistake][:3]
     shown = mistakes or explanations[-3:]
@@ -2376,8 +2384,8 @@ SHARES = {  # of the drawing time, roughly
 class Survey:
     """What one pass over n photos found: own ones first, then those of the test.
 
-    The k classes of a photo are the most probable ones, and then the true one, or where that is
-    not known the first once more.
+    The k = 3 classes of a photo are the two most probable ones, then the true one; where that is
+    not known, the most probable one again.
     """
 
     paths: list
@@ -2415,9 +2423,10 @@ class Survey:
 
 
 def survey_photos(model, photos, labels=None, own_photos=()):
-    """The Survey of own photos and of test photos, paths and their (n,) true class indices.
+    """The Survey of own photos, whose class is not known, and of test photos.
 
-    Without labels, and without own photos, `photos` are own ones.
+    photos, own_photos: paths. labels: (n,) true class indices of `photos`; without them `photos`
+    are own ones, unless own_photos are given, which then are all that is surveyed.
     """
     own = list(own_photos) or ([] if labels is not None else photos)
     tests = [] if labels is None else photos
@@ -2455,9 +2464,9 @@ def survey_batch(model, extract, pixels, labels):
 
 
 def traced_extractor(model, layer_names):
-    """A function of photos: the model's last feature maps, then the filters drawn of some layers.
+    """A function of photos: the last feature maps, and some layers' first filters' activations.
 
-    A graph that is traced lets go of each feature map once the next layers have it.
+    It is traced, as a graph frees each feature map once the next layers have used it.
     """
     extractor = folded(feature_extractor(model, (heatmap_layer(model), *layer_names)))
     photos = tf.TensorSpec((None, *input_size(model), 3))
@@ -2546,7 +2555,7 @@ def explain_photos(model, survey, evaluation, class_names):
 
 
 def draw_pictures(output, model, survey, evaluation, explanations, record, seed, progress):
-    """Draw all pictures but those of the page alone: {what they show, see SHARES: [Picture]}.
+    """Draw all pictures but the page's own sheets: {what they show, a key of SHARES: [Picture]}.
 
     The draw_… functions are generators: each picture is drawn when it is asked for, in this order.
     """
@@ -2593,7 +2602,7 @@ class Progress:
         self.bar.update(self.task, description=what, completed=self.done)
 
     def draw(self, what, pictures):
-        """Draw pictures, which come as one asks for them: a list."""
+        """Draw the pictures of a generator, and tell of each: the list of them."""
         self.start(what)
         drawn = []
         for picture in pictures:
@@ -2741,7 +2750,7 @@ def save_figure(path, figure, dpi=100, cut=True):
 # ---- 13. The page: what it shows of the run ------------------------------------------------------
 # Images/index.html is the same for every run. What it shows lies beside it: the pictures, sheets of
 # photos and activation maps, from which it cuts what one asks for, and run.js, which holds all the
-# rest as JSON. A script is the one file of data that a browser takes from any folder.
+# rest as JSON. It is a script, as a browser reads no other data file from a local folder.
 
 PAGE = Path(__file__).with_name("Images") / "index.html"
 LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
@@ -2772,7 +2781,7 @@ def run_facts(model, class_names, evaluation, record, command):
 
 
 def test_table(evaluation):
-    """The confusion matrix as rows of texts and, where a photo may be counted, numbers."""
+    """The confusion matrix as rows for the page: counts as numbers, all else as texts."""
     names = [printable(name) for name in evaluation.class_names]
     counts, correct = evaluation.confusion, np.diag(evaluation.confusion)
     recall, precision = (
@@ -2939,7 +2948,7 @@ def layer_entry(model, name):
 
 
 def explanation_entries(explanation):
-    """The heatmaps of an explained photo at all blocks, and what its own one is worth."""
+    """The heatmaps of an explained photo at all blocks, and the deletion scores in words."""
     heatmaps = heatmap_entries(list(explanation.heatmaps.values()))
     return {"heatmaps": heatmaps, "worth": deletion_caption(explanation)}
 
@@ -3279,8 +3288,8 @@ def train_from(options, splits, phases, checkpoints, class_count):
     if newest and not options.resume:
         epochs = len(newest[2]["loss"])
         folder = printable(checkpoints.folder)
-        print(f"An interrupted run stands in {folder} after epoch {epochs}.")
-        print("Ctrl-C and --resume go on with it; this run replaces it after its first epoch.")
+        print(f"{folder} holds an interrupted run of {epochs} epochs. To go on with it, press")
+        print("Ctrl-C and add --resume. Otherwise this run deletes it after its first epoch.")
     keras.utils.clear_session()  # the names of the layers count from the start again
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
