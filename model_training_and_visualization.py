@@ -417,10 +417,10 @@ def build_model(class_count, image_size, weights):
 
 
 def without_last_stride(base):
-    """The same network, untrained, with strides of 1 after mixed7: an output stride of 16, not 32.
+    """The same model, untrained, with strides of 1 after mixed7: an output stride of 16, not 32.
 
-    Small photos keep more positions so: 5 × 5 instead of 3 × 3 at 139 pixels. Chen et al.,
-    "DeepLab" (2016).
+    This leaves small photos more positions: 5 × 5 instead of 3 × 3 at 139 pixels. The idea is that
+    of DeepLab (Chen et al., 2016), here without dilation.
     """
     unchanged = keras.Model(base.input, base.get_layer("mixed7").output).layers
 

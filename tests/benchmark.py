@@ -832,30 +832,47 @@ def model_and_test(bench):
 
 def mean_falls(model, photos, labels):
     """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and
-    a random map."""
-    layer, rng, falls = study.heatmap_layer(model), np.random.default_rng(0), []
-    size, field = study.input_size(model), study.receptive_fields(model)[layer]
-    for photo, label in zip(photos, labels, strict=True):
-        heatmap = study.grad_cam(model, photo, layer, label)
-        if not heatmap.any():
-            continue  # it marks nothing, and its caption says so
-        noise = cv2.GaussianBlur(rng.normal(size=size), (0, 0), size[0] / 12)
-        maps = study.place_heatmap(heatmap, field, size), study.centred_blob(size), noise
-        masks = [np.zeros(size, bool), *map(study.top_fraction, maps)]
-        scores = study.deletion_scores(model, [photo] * len(masks), masks)
-        before, *after = scores[:, label]
-        falls.append(before - np.array(after))
-    return np.mean(falls, axis=0), len(falls)
+    a random map; and of how many photos."""
+    layer, size = study.heatmap_layer(model), study.input_size(model)
+    field, rng = study.receptive_fields(model)[layer], np.random.default_rng(0)
+    heatmaps = heatmaps_of(model, layer, photos, labels)
+    # The others mark nothing, and their captions say so.
+    marking = np.flatnonzero(heatmaps.any((1, 2)))
+    photos, labels, count = [photos[k] for k in marking], np.asarray(labels)[marking], len(marking)
+
+    def probabilities(masks):
+        batches = [slice(start, start + 32) for start in range(0, count, 32)]
+        scores = [study.deletion_scores(model, photos[it], masks[it]) for it in batches]
+        return np.concatenate(scores)[range(count), labels]
+
+    before = probabilities([np.zeros(size, bool)] * count)
+    placed = [study.place_heatmap(heatmap, field, size) for heatmap in heatmaps[marking]]
+    blobs = [study.centred_blob(size)] * count
+    noise = [cv2.GaussianBlur(rng.normal(size=size), (0, 0), size[0] / 12) for _ in photos]
+    fractions = [[study.top_fraction(it) for it in maps] for maps in (placed, blobs, noise)]
+    return [np.mean(before - probabilities(masks)) for masks in fractions], count
+
+
+def heatmaps_of(model, layer, photos, labels):
+    """The (n, h, w) Grad-CAM heatmaps of n photos, each for its label."""
+    forward, heatmaps = partial(study.features_and_logits(model, (layer,)), training=False), []
+    for start in range(0, len(photos), 16):
+        inputs = tf.constant(np.stack(photos[start : start + 16]), "float32")
+        (of_batch,) = study.batch_grad_cam(forward, inputs, np.c_[labels[start : start + 16]])
+        heatmaps.append(of_batch[:, 0])
+    return np.concatenate(heatmaps)
 
 
 def energy_on_flower(model, per_class):
     """Shares (3, 5 classes) on the flower: of the heatmap's energy, a stretched one's, the area."""
     layer, size, shares = study.heatmap_layer(model), model.input_shape[1], np.zeros((3, 5))
-    field = study.receptive_fields(model)[layer]
+    field, labels, drawn = study.receptive_fields(model)[layer], [], []
     for label, k in np.ndindex(5, per_class):
         rng = np.random.default_rng([99, label, k])
-        photo, flower = draw_flower(CLASS_NAMES[label], rng, size)
-        heatmap = study.grad_cam(model, photo, layer, label)
+        drawn.append(draw_flower(CLASS_NAMES[label], rng, size))
+        labels.append(label)
+    heatmaps = heatmaps_of(model, layer, [photo for photo, _ in drawn], labels)
+    for heatmap, label, (_, flower) in zip(heatmaps, labels, drawn, strict=True):
         if not heatmap.any():
             heatmap = np.ones_like(heatmap)  # an empty map is as good as one that marks everything
         placed = study.place_heatmap(heatmap, field, (size, size))
