@@ -372,6 +372,14 @@ def test_page_and_readme_tell_alike_how_to_read_a_section_and_what_people_get_wr
         assert len(words) > 40 and f"{title} {plain(words)}" in plain(README)
 
 
+def test_every_part_that_the_page_s_script_and_style_name_is_there():
+    there = re.findall(r'\bid="([\w-]+)"', PAGE)
+    assert len(there) == len(set(there))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', PAGE)) <= set(there)
+    # The colours of a heatmap, which its canvas holds in grey.
+    assert re.findall(r"canvas \{[^}]*filter: url\(#(\w+)\)", PAGE) == ["colours"]
+
+
 def test_the_page_stays_short_enough_to_be_read():
     lines = PAGE.splitlines()
     assert len(lines) <= 300 and max(map(len, lines)) <= 110
