@@ -13,7 +13,8 @@ quality or tint. Such copies form a group, which goes to one split as a whole. A
 filed under two classes is left out, as one label must be wrong. split.csv tells for every file
 where it went and why.
 
-The last section holds what both scripts share: errors, safe writing, decoding, locks, printing.
+The first half is the chapter, in the order of a run. The second half, the workshop, can be skipped:
+options and messages, and what both scripts share.
 """
 
 import argparse
@@ -26,14 +27,12 @@ import io
 import itertools
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections import Counter
@@ -43,9 +42,30 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 SPLITS = ("train", "validation", "test")
+# With fewer photos of a class in validation or test, one is over ten percent of its accuracy.
+FEW = 10
+# Width and height in pixels of what copies are found by.
+THUMBNAIL = (36, 32)
+
+
+def main(options):
+    """Split the photos of SOURCE as the options say."""
+    classes, photos = list_files(options.source)
+    refuse_overlap(options.source, classes, options.output)
+    refuse_second_split(options)
+    with only_run_in(options.output) as building:
+        refuse_second_split(options)
+        copy_photos(photos, classes, building, options)
+        find_copies(photos, only_identical=options.copies == "identical")
+        assign_splits(photos, classes, options)
+        move_to_splits(photos, building)
+        write_table(photos, building / "split.csv")
+    report(photos, classes, options)
+    show_next_step(options.output)
+
 
 # ---- The files of SOURCE -------------------------------------------------------------------------
 
@@ -71,6 +91,11 @@ class Photo:
     def __post_init__(self):
         self.copies = [self]  # a list that all copies of one picture share
 
+    @property
+    def in_conflict(self):
+        """Whether it is left out as its copies are of several classes."""
+        return bool(self.problem and self.group)
+
 
 def list_files(source):
     """The class names, and a Photo for every file in SOURCE and its class folders.
@@ -82,27 +107,42 @@ def list_files(source):
         # The Kaggle download once held the whole set a second time, as flowers/flowers.
         nested = [name for name in folders if len(folders.keys() & folders[name]) >= 2]
         classes = [name for name in folders if name not in nested]
-        photos = [Photo(name) for name in names_in(source) if name not in classes]
+        photos = [Photo(name) for name in _names_in(source) if name not in classes]
         for photo in photos:
             is_nested = photo.source in nested
             photo.problem = "is a nested copy of the whole set" if is_nested else "is in no class"
         for name in classes:
-            photos += [Photo(f"{name}/{file}", name) for file in names_in(source / name)]
+            photos += [Photo(f"{name}/{file}", name) for file in _names_in(source / name)]
     except OSError as error:  # it is missing, or a file, or may not be read
         advice, draw = LAYOUT, beside_this_script("tests/draw_flowers.py")
         if source == Path("flowers") and not source.exists() and draw.exists():
             advice += f"\nWithout photos of your own: {pasteable('python', draw, source)}"
         raise Stop(f"{printable(error.filename)}: {error.strerror}.\n{advice}") from error
-    refuse_what_is_no_set_of_classes(source, classes, folders)
+    _refuse_what_is_no_set_of_classes(source, classes, folders)
     return classes, photos
 
 
-def names_in(folder):
+def copy_photos(photos, classes, building, options):
+    """Make the folders of the new split in `building`, and fill train with every whole photo.
+
+    All photos start in train, where most of them will stay.
+    """
+    for split, name in itertools.product(SPLITS, classes):
+        (building / split / name).mkdir(parents=True)
+    copy = partial(
+        _copy_if_whole, source=options.source, folder=building / "train", link=options.link
+    )
+    in_classes = [photo for photo in photos if not photo.problem]
+    for _ in map_photos(in_classes, copy, "Checking and copying"):
+        pass
+
+
+def _names_in(folder):
     """The names of all that is in a folder, in an order that depends on no locale."""
     return sorted((path.name for path in folder.iterdir()), key=raw_name)
 
 
-def refuse_what_is_no_set_of_classes(source, classes, folders):
+def _refuse_what_is_no_set_of_classes(source, classes, folders):
     """Raise Stop if the folders of SOURCE, `folders` giving those in each, are no classes."""
     parts = [name for name in folders if name.lower() in PARTS and folders[name]]
     if len(parts) >= 2:
@@ -117,7 +157,7 @@ def refuse_what_is_no_set_of_classes(source, classes, folders):
         raise Stop(f"{printable(source)}: two classes are needed, {len(classes)} found.\n{remedy}")
 
 
-def examine(photo, source, folder, link):
+def _copy_if_whole(photo, source, folder, link):
     """Copy or link the photo into `folder` if it decodes in full; note what was found."""
     path, target = source / photo.source, folder / photo.source
     try:
@@ -125,7 +165,7 @@ def examine(photo, source, folder, link):
             raise ValueError("is hidden")
         if path.suffix.lower() not in PHOTO_SUFFIXES and not path.is_dir():
             raise ValueError(f"is of type {path.suffix or 'none'}, which Keras does not read")
-        data = read_bytes(path)
+        data = _read_bytes(path)
         photo.sha256 = hashlib.sha256(data).hexdigest()
         grey, photo.note = decode(data, at_least=2 * max(THUMBNAIL), mode="L")
         photo.thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
@@ -153,8 +193,6 @@ def examine(photo, source, folder, link):
 # Bits: 98 to 100 % of resized, recompressed or tinted copies differ from the original in no more.
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.8
-# Width and height in pixels: four a side for each of the 9 × 8 places of the hash.
-THUMBNAIL = (36, 32)
 MIN_EDGE = 2.0  # grey levels of 255; weaker edges do not tell a plain picture from another
 REACH = 64  # neighbours to compare in a crowded bucket; more would take quadratic time
 # The same scene shot twice, or cut a little closer, is the same picture too.
@@ -163,67 +201,6 @@ ZOOM = 1.04
 # Of soft pictures, such as digits of 8 × 8 pixels or a bare sky, even different ones correlate.
 MIN_SHARPNESS = 0.55
 MIN_CORRELATION_OF_SOFT = 0.97
-
-
-def find_copies(photos, only_identical=False):
-    """Bring copies together and number their groups, and find label conflicts among them.
-
-    A group is one picture and what looks the same as that one, not a chain in which each looks like
-    the next: in that way all frames of a video would be copies of each other.
-    """
-    same_bytes = {}
-    for photo in photos:
-        same_bytes.setdefault(photo.sha256, []).append(photo)
-    files = list(same_bytes.values())
-    alike = [set() for _ in files]
-    if not only_identical:
-        thumbnails = np.frombuffer(b"".join(same[0].thumbnail for same in files), np.uint8)
-        for one, other in same_pictures(thumbnails.reshape(-1, *THUMBNAIL[::-1])):
-            alike[one].add(other)
-            alike[other].add(one)
-    ungrouped = set(range(len(files)))
-    for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
-        if hub in ungrouped:
-            members = sorted({hub} | (alike[hub] & ungrouped))
-            ungrouped.difference_update(members)
-            group = [photo for index in members for photo in files[index]]
-            for photo in group:
-                photo.copies = group
-    number_groups(photos)
-
-
-def number_groups(photos):
-    """Number the groups of copies, and note a label conflict where one lies in several classes."""
-    groups = {id(photo.copies): photo.copies for photo in photos if len(photo.copies) > 1}
-    for number, group in enumerate(groups.values(), start=1):
-        for photo in group:
-            photo.group = number
-            others = [other.source for other in group if other.class_name != photo.class_name]
-            if others:
-                named = ", ".join(others[:3])
-                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-                photo.problem = f"label conflict: the same picture as {named}{more}"
-
-
-def same_pictures(thumbnails):
-    """Yield the index pairs of (n, 32, 36) grey thumbnails that show one picture."""
-    pairs = similar_pairs(difference_hashes(thumbnails))
-    for start in range(0, len(pairs), 256):  # the edges of all at once would fill the memory
-        block = pairs[start : start + 256]
-        one, other = thumbnails[block].astype(np.float32).swapaxes(0, 1)  # (pairs, 32, 36) each
-        soft = np.minimum(sharpness(one), sharpness(other)) < MIN_SHARPNESS
-        needed = np.where(soft, MIN_CORRELATION_OF_SOFT, MIN_CORRELATION)
-        same = correlation(edges(one), edges(other)) >= needed
-        rest = ~same & ~soft
-        same[rest] = correlation_when_moved(one[rest], other[rest]) >= MIN_CORRELATION
-        yield from block[same].tolist()
-
-
-def difference_hashes(thumbnails):
-    """The 64-bit difference hashes of (n, 32, 36) grey thumbnails."""
-    places = thumbnails.reshape(-1, 8, 4, 9, 4).mean((2, 4), dtype=np.float32)
-    brighter = places[:, :, 1:] > places[:, :, :-1]
-    return np.packbits(brighter.reshape(-1, 64), axis=1).view(np.uint64).ravel()
 
 
 def similar_pairs(hashes):
@@ -251,14 +228,76 @@ def similar_pairs(hashes):
     return np.stack(np.divmod(np.unique(np.concatenate(found)), count), axis=1)
 
 
-def edges(grey):
+def same_pictures(thumbnails):
+    """Yield the index pairs of (n, 32, 36) grey thumbnails that show one picture."""
+    pairs = similar_pairs(_difference_hashes(thumbnails))
+    for start in range(0, len(pairs), 256):  # the edges of all at once would fill the memory
+        block = pairs[start : start + 256]
+        one, other = thumbnails[block].astype(np.float32).swapaxes(0, 1)  # (pairs, 32, 36) each
+        soft = np.minimum(_sharpness(one), _sharpness(other)) < MIN_SHARPNESS
+        needed = np.where(soft, MIN_CORRELATION_OF_SOFT, MIN_CORRELATION)
+        same = _correlation(_edges(one), _edges(other)) >= needed
+        rest = ~same & ~soft
+        same[rest] = _correlation_when_moved(one[rest], other[rest]) >= MIN_CORRELATION
+        yield from block[same].tolist()
+
+
+def find_copies(photos, only_identical=False):
+    """Bring the copies among the whole photos together, number their groups, find label conflicts.
+
+    A group is one picture and what looks the same as that one, not a chain in which each looks like
+    the next: in that way all frames of a video would be copies of each other.
+    """
+    whole = [photo for photo in photos if not photo.problem]
+    same_bytes = {}
+    for photo in whole:
+        same_bytes.setdefault(photo.sha256, []).append(photo)
+    files = list(same_bytes.values())
+    alike = [set() for _ in files]
+    if not only_identical:
+        thumbnails = np.frombuffer(b"".join(same[0].thumbnail for same in files), np.uint8)
+        for one, other in same_pictures(thumbnails.reshape(-1, *THUMBNAIL[::-1])):
+            alike[one].add(other)
+            alike[other].add(one)
+    ungrouped = set(range(len(files)))
+    for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
+        if hub in ungrouped:
+            members = sorted({hub} | (alike[hub] & ungrouped))
+            ungrouped.difference_update(members)
+            group = [photo for index in members for photo in files[index]]
+            for photo in group:
+                photo.copies = group
+    groups = {id(photo.copies): photo.copies for photo in whole if len(photo.copies) > 1}
+    for number, group in enumerate(groups.values(), start=1):
+        _note_group(group, number)
+
+
+def _note_group(group, number):
+    """Number the photos of a group, and note a label conflict where it lies in several classes."""
+    for photo in group:
+        photo.group = number
+        others = [other.source for other in group if other.class_name != photo.class_name]
+        if others:
+            named = ", ".join(others[:3])
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            photo.problem = f"label conflict: the same picture as {named}{more}"
+
+
+def _difference_hashes(thumbnails):
+    """The 64-bit difference hashes of (n, 32, 36) grey thumbnails."""
+    places = thumbnails.reshape(-1, 8, 4, 9, 4).mean((2, 4), dtype=np.float32)
+    brighter = places[:, :, 1:] > places[:, :, :-1]
+    return np.packbits(brighter.reshape(-1, 64), axis=1).view(np.uint64).ravel()
+
+
+def _edges(grey):
     """The steps to the right and down in (n, 32, 36) pictures: (n, 2, 31, 35)."""
     right = np.diff(grey, axis=2)[:, 1:, :]
     down = np.diff(grey, axis=1)[:, :, 1:]
     return np.stack([right, down], axis=1)
 
 
-def correlation(one, other):
+def _correlation(one, other):
     """How well the edges of n pairs of pictures agree: (n,), 1 for the same picture."""
     # Without the mean there is no even slope of light, which a hundred skies have in common.
     one = one - one.mean((2, 3), keepdims=True)
@@ -269,19 +308,19 @@ def correlation(one, other):
     return covariance / (strength_of_one * strength_of_other)
 
 
-def correlation_when_moved(one, other):
+def _correlation_when_moved(one, other):
     """The best correlation of n pairs of (32, 36) pictures after a small shift and zoom: (n,)."""
     best = np.full(len(one), -1, np.float32)
     shifts = range(-MAX_SHIFT, MAX_SHIFT + 1)
-    for first, second in ((one, other), (zoomed(one), other), (one, zoomed(other))):
-        first, second = edges(first), edges(second)
+    for first, second in ((one, other), (_zoomed(one), other), (one, _zoomed(other))):
+        first, second = _edges(first), _edges(second)
         for down, right in itertools.product(shifts, shifts):
-            overlap = cut(first, down, right), cut(second, -down, -right)
-            best = np.maximum(best, correlation(*overlap))
+            overlap = _cut(first, down, right), _cut(second, -down, -right)
+            best = np.maximum(best, _correlation(*overlap))
     return best
 
 
-def cut(pictures, down, right):
+def _cut(pictures, down, right):
     """(…, height, width) pictures without their first `down` rows and `right` columns.
 
     A negative number leaves out the last ones instead.
@@ -292,13 +331,13 @@ def cut(pictures, down, right):
     return pictures[..., rows, columns]
 
 
-def zoomed(grey):
+def _zoomed(grey):
     """The middle of (n, 32, 36) pictures, enlarged to the same size."""
     height, width = grey.shape[1:]
-    return zoom_matrix(height) @ grey @ zoom_matrix(width).T
+    return _zoom_matrix(height) @ grey @ _zoom_matrix(width).T
 
 
-def zoom_matrix(size):
+def _zoom_matrix(size):
     """(size, size): each row mixes a pixel of the enlarged line from the two that are nearest."""
     pixels, centre = np.arange(size), (size - 1) / 2
     places = centre + (pixels - centre) / ZOOM
@@ -306,9 +345,9 @@ def zoom_matrix(size):
     return np.maximum(1 - distances, 0).astype(np.float32)
 
 
-def sharpness(grey):
+def _sharpness(grey):
     """How much of the edges of (n, 32, 36) pictures is fine detail: (n,), about 1 for photos."""
-    steps = edges(grey)
+    steps = _edges(grey)
     steps -= steps.mean((2, 3), keepdims=True)
     return np.diff(steps, axis=3).std((1, 2, 3)) / np.maximum(steps.std((1, 2, 3)), MIN_EDGE)
 
@@ -321,23 +360,6 @@ def split_sizes(count, val_size, test_size):
     validation = int(val_size * count)
     test = int(test_size * (count - validation))
     return {"train": count - validation - test, "validation": validation, "test": test}
-
-
-def assign_splits(photos, classes, options):
-    """Draw the split of every usable photo, copies together.
-
-    Raises Stop, naming the class, where one is too small.
-    """
-    for name in classes:
-        usable = [photo for photo in photos if photo.class_name == name and not photo.problem]
-        groups = [photo.copies for photo in usable if photo.copies[0] is photo]
-        sizes = split_sizes(len(usable), options.val_size, options.test_size)
-        if len(groups) < len(SPLITS) or not all(sizes.values()):
-            left_out = [photo for photo in photos if photo.class_name == name and photo.problem]
-            raise Stop(too_small(name, usable, groups, left_out, options))
-        # A new class leaves the splits of the others as they were.
-        rng = random.Random(raw_name(f"{options.seed}/{name}"))
-        deal(rng.sample(groups, len(groups)), sizes)
 
 
 def deal(groups, free):
@@ -355,7 +377,24 @@ def deal(groups, free):
             free[split] -= 1
 
 
-def too_small(name, usable, groups, left_out, options):
+def assign_splits(photos, classes, options):
+    """Draw the split of every usable photo, copies together.
+
+    Raises Stop, naming the class, where one is too small.
+    """
+    for name in classes:
+        usable = [photo for photo in photos if photo.class_name == name and not photo.problem]
+        groups = [photo.copies for photo in usable if photo.copies[0] is photo]
+        sizes = split_sizes(len(usable), options.val_size, options.test_size)
+        if len(groups) < len(SPLITS) or not all(sizes.values()):
+            left_out = [photo for photo in photos if photo.class_name == name and photo.problem]
+            raise Stop(_too_small(name, usable, groups, left_out, options))
+        # A new class leaves the splits of the others as they were.
+        rng = random.Random(raw_name(f"{options.seed}/{name}"))
+        deal(rng.sample(groups, len(groups)), sizes)
+
+
+def _too_small(name, usable, groups, left_out, options):
     """The message for a class that cannot fill three splits."""
     needed = next(
         count
@@ -386,6 +425,32 @@ BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
 
 
+def refuse_overlap(source, classes, output):
+    """Raise Stop if the splits would land among the source's photos or take their place."""
+
+    def inside(path, folder):  # compared as files, as some systems take "Flowers" for "flowers"
+        parts = [part for part in (path.resolve(), *path.resolve().parents) if part.exists()]
+        return folder.exists() and any(part.samefile(folder) for part in parts)
+
+    place = printable(output)
+    if inside(output, source):
+        remedy = "Name a folder outside it with --output."
+        raise Stop(f"{place}: lies in the source {printable(source)}.\n{remedy}")
+    for folder in (source, *(source / name for name in classes)):
+        if any(inside(folder, output / split) for split in SPLITS):
+            problem = f"is itself part of the split in {place}"
+            raise Stop(f"{printable(folder)}: {problem}.\nSplit the original photos.")
+
+
+def refuse_second_split(options):
+    """Raise Stop if the output holds a split, or part of one, that is not to be replaced."""
+    present = [name for name in RESULTS if os.path.lexists(options.output / name)]
+    killed = (options.output / BUILDING).exists()  # a run, of which the next clears up first
+    if present and not options.overwrite and not killed:
+        held = f"{printable(options.output)}: already holds {', '.join(present)}."
+        raise Stop(f"{held}\n--overwrite replaces them as a whole.")
+
+
 @contextlib.contextmanager
 def only_run_in(output):
     """Keep other runs out of the folder and yield where to build; a whole split comes into place.
@@ -400,18 +465,40 @@ def only_run_in(output):
     busy = "another run is writing there.\nWait for its end, or choose another --output."
     try:
         with locked(output / ".split.lock", f"{printable(output)}: {busy}"):
-            move_into_place(output)  # what a killed run has left
+            _move_into_place(output)  # what a killed run has left
             try:
                 yield output / BUILDING
             finally:
-                move_into_place(output)
+                _move_into_place(output)
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # it holds the split
                 path.rmdir()
 
 
-def move_into_place(output):
+def move_to_splits(photos, building):
+    """Move every photo from the new train to its split, and remove those that are left out."""
+    for photo in photos:
+        start = building / "train" / photo.source
+        if photo.in_conflict:  # which was found after it was copied
+            start.unlink()
+        elif photo.split not in ("train", "skipped"):
+            start.rename(building / photo.split / photo.source)
+
+
+def write_table(photos, path):
+    """Write split.csv, a row for every file; names that are not UTF-8 keep their bytes."""
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    with replace_when_whole(path) as partial_path, partial_path.open("w", **encoding) as file:
+        writer = csv.writer(file)
+        writer.writerow(("source", "class", "split", "sha256", "group", "note"))
+        for photo in photos:
+            note = "; ".join(filter(None, (photo.problem, photo.note)))
+            row = (photo.source, photo.class_name, photo.split, photo.sha256, photo.group, note)
+            writer.writerow(row)
+
+
+def _move_into_place(output):
     """Put a split that is built in the place of the old one, even if a run was killed on the way.
 
     Clears up all else that is left of a run.
@@ -428,47 +515,367 @@ def move_into_place(output):
     shutil.rmtree(building, ignore_errors=True)
 
 
-def build(photos, classes, building, options):
-    """Make the three folders and split.csv in `building`.
+# ---- What is printed -----------------------------------------------------------------------------
 
-    All photos start in train, where most of them will stay.
+
+def report(photos, classes, options):
+    """Print what was noticed, at most eight lines of each kind, and the table of counts."""
+    kinds = {
+        "Skipped": [photo for photo in photos if photo.problem and not photo.in_conflict],
+        "Label conflicts, left out": [photo for photo in photos if photo.in_conflict],
+        "Kept with a note": [photo for photo in photos if photo.note and not photo.problem],
+    }
+    for title, noticed in kinds.items():
+        if noticed:
+            lines = [f"{photo.source}: {photo.problem or photo.note}" for photo in noticed[:8]]
+            print(f"{title}: {len(noticed)} (see split.csv)", *map(printable, lines), sep="\n  ")
+    counts = Counter((photo.class_name, photo.split) for photo in photos)
+    _print_table(counts, classes)
+    evaluated = ("validation", "test")
+    fewest = min(itertools.product(classes, evaluated), key=lambda place: counts[place])
+    if counts[fewest] < FEW:
+        found = f"Only {counts[fewest]} of {printable(fewest[0])} in {fewest[1]}"
+        print(f"{found}: with fewer than {FEW} photos a class an accuracy is a rough guess.")
+    copied = sum(photo.split != "skipped" and not photo.linked for photo in photos)
+    if options.link and copied:
+        place = printable(options.output)
+        print(f"{copied} photos were copied, as {place} cannot hold hard links to them.")
+
+
+def show_next_step(output):
+    """Print the command that trains on the split."""
+    # Where Keras keeps InceptionV3's weights without the top once they are downloaded.
+    weights = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    keras_home = os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras"))  # noqa: PTH111
+    if not Path(keras_home, "models", weights).exists():
+        print("ImageNet's weights (88 MB) are downloaded first; --weights none does without them.")
+    training = beside_this_script("model_training_and_visualization.py")
+    print(f"Next: {pasteable('python', training, '--data', output)}")
+
+
+def _print_table(counts, classes):
+    """Print how many photos of each class are in each split, and how many are skipped."""
+    columns, width = (*SPLITS, "skipped"), max(len(printable(name)) for name in classes)
+    print(" " * width, *(f"{column:>10}" for column in columns))
+    for name in classes:
+        row = (f"{counts[name, column]:>10}" for column in columns)
+        print(f"{printable(name):{width}}", *row)
+
+
+# ==================================================================================================
+# The workshop: options and messages, and what both scripts share. It can be skipped.
+# ==================================================================================================
+
+# ---- What both scripts share: how a run ends, and printing ---------------------------------------
+
+
+class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
+    """Ends a run with a message of one to three lines that names the file and the remedy."""
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def raw_name(path):
+    """The bytes of a name: those on disk, which may be no UTF-8, or UTF-8."""
+    lone = "backslashreplace" if os.name == "nt" else "surrogateescape"
+    return os.fsdecode(path).encode("utf-8", lone)
+
+
+def printable(path):
+    """A path as it can be printed on one line, whatever its name holds."""
+    text = raw_name(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def pasteable(*words):
+    """A command of these words as a shell takes it."""
+    words = [os.fsdecode(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def failure_message(error):
+    """The message for an OSError: what failed, why, and what to do about it."""
+    place = error.filename2 or error.filename
+    subject = "" if place is None else f"{printable(place)}: "
+    if not error.errno:  # one of Pillow's own
+        return subject + (" ".join(map(str, error.args)) or type(error).__name__)
+    remedy = "Choose another place, then run it again."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space there, or choose another place, then run it again."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "Check the permissions there, or choose another place, then run it again."
+    return f"{subject}{os.strerror(error.errno)}.\n{remedy}"  # HDF5's own reason is a page
+
+
+def run(main):
+    """Call main(), and end the process with a message and an exit code where it does not succeed.
+
+    The code is 1 after an I/O or runtime failure, 2 on bad input, 130 after Ctrl-C, 143 after
+    SIGTERM.
     """
-    for split, name in itertools.product(SPLITS, classes):
-        (building / split / name).mkdir(parents=True)
-    train = building / "train"
-    check = partial(examine, source=options.source, folder=train, link=options.link)
-    in_classes = [photo for photo in photos if not photo.problem]
-    list(decode_photos(in_classes, check, "Checking and copying"))
-    usable = [photo for photo in photos if not photo.problem]
-    find_copies(usable, only_identical=options.copies == "identical")
-    assign_splits(photos, classes, options)
-    for photo in usable:
-        if photo.problem:  # a label conflict
-            (train / photo.source).unlink()
-        elif photo.split != "train":
-            (train / photo.source).rename(building / photo.split / photo.source)
-    write_table(building / "split.csv", photos)
+    _open_missing_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a photo is said by name
+    try:
+        with _unwound_by_sigterm():
+            main()
+            sys.stdout.flush()
+        return
+    except Stop as stop:
+        message, exit_code = str(stop), stop.exit_code
+    except KeyboardInterrupt:
+        message, exit_code = "Stopped by Ctrl-C.", 130
+    except BrokenPipeError:
+        os._exit(1)  # the reader of our output has left; an ordinary exit would complain about it
+    except OSError as error:
+        message, exit_code = failure_message(error), 1
+    try:
+        print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:  # the full disk is the one that we print to
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
-def write_table(path, photos):
-    """Write split.csv, a row for every file; names that are not UTF-8 keep their bytes."""
-    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with replace_when_whole(path) as partial_path, partial_path.open("w", **encoding) as file:
-        writer = csv.writer(file)
-        writer.writerow(("source", "class", "split", "sha256", "group", "note"))
-        for photo in photos:
-            note = "; ".join(filter(None, (photo.problem, photo.note)))
-            row = (photo.source, photo.class_name, photo.split, photo.sha256, photo.group, note)
-            writer.writerow(row)
+def _open_missing_streams():
+    """Make sure that whatever is printed does no harm, wherever it goes.
+
+    Of a program started with `>&-` the next file to be opened would become the standard output, and
+    what a library prints would land in that file.
+    """
+    with contextlib.suppress(OSError):
+        while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
+            pass
+        os.close(unused)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if getattr(stream, "closed", stream is None):
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif hasattr(stream, "reconfigure"):  # a name may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
 
 
-# ---- The command line ----------------------------------------------------------------------------
+@contextlib.contextmanager
+def _unwound_by_sigterm():
+    """Let SIGTERM unwind the block as Ctrl-C does, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        if before is not None:  # which no Python code has set, and none can set again
+            signal.signal(signal.SIGTERM, before)  # as the process of a notebook lives on
 
-FEW = 10  # photos of a class in validation or test: one of them is ten percent of its accuracy
+
+def beside_this_script(name):
+    """The path of a file in this script's folder, as short as a shell in this place takes it."""
+    path = Path(__file__).parent / name
+    with contextlib.suppress(ValueError):  # on another drive
+        path = Path(os.path.relpath(path))
+    return path
 
 
-def parse_options():
-    """Read and check the command line."""
+def cores():
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def map_photos(photos, function, description):
+    """Yield function(photo) for every photo, in order, from threads on all cores.
+
+    A terminal shows the progress.
+    """
+    photos, pool = list(photos), ThreadPoolExecutor(cores())
+    try:
+        results = pool.map(function, photos)
+        if sys.stderr.isatty():
+            # Only here, as it takes as long to import as 100 photos to check.
+            from rich.console import Console
+            from rich.progress import track
+
+            results = track(results, description, len(photos), console=Console(stderr=True))
+        yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
+
+
+# ---- What both scripts share: photos -------------------------------------------------------------
+
+# The types that Keras's ImageDataGenerator reads; it passes over all others without a word.
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
+# What may be inside, whatever the suffix says: web photos often carry a wrong one. Nothing that
+# starts another program.
+PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
+# Pillow refuses what unpacks to over twice as many, and may not fit into memory.
+Image.MAX_IMAGE_PIXELS = 45_000_000
+# Pillow refuses a PNG for more text, or a larger colour profile, than this many bytes.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
+
+
+def is_hidden(name):
+    """Whether a file or folder is not meant to be seen, such as .ipynb_checkpoints or __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def class_folders(folder):
+    """The sorted names of the visible folders in `folder`: its classes."""
+
+    def is_folder(entry):
+        try:
+            return entry.is_dir()
+        except OSError:  # a link that leads in a circle
+            return False
+
+    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry))
+    return [name for name in names if not is_hidden(name)]
+
+
+def decode(data, at_least=None, mode="RGB"):
+    """The bytes of a photo as a Pillow image of mode RGB or L (grey), and a note about it or "".
+
+    See read_photo. Raises ValueError, saying why, if they are no photo or not whole.
+    """
+    try:
+        image, note = Image.open(io.BytesIO(data), formats=PHOTO_FORMATS), ""
+        if at_least:
+            image.draft(mode, (at_least, at_least))
+        image.load()
+        with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow would clip at 255
+            image, note = _in_8_bits(image)
+        if image.has_transparency_data:  # is laid on white
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert(mode), note
+    except Image.DecompressionBombError:
+        reason = f"is too large, over {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+    except Image.UnidentifiedImageError:
+        reason = "is no image that can be read" if data else "is empty"
+    except Exception as error:  # each of Pillow's decoders has its own ways to fail
+        reason = f"is damaged or cut off ({error})"
+    raise ValueError(reason)
+
+
+def read_photo(path, at_least=None):
+    """Decode a photo as a person sees it, EXIF rotation applied: (height, width, 3) uint8 RGB.
+
+    With `at_least=pixels` a JPEG comes at the smallest of its scales 1, 1/2, 1/4, 1/8 that keeps
+    both sides that long. Raises Stop, naming the file and the reason, if it is no whole photo.
+    """
+    try:
+        image, _ = decode(_read_bytes(Path(path)), at_least)
+    except ValueError as error:
+        raise Stop(f"{printable(path)}: {error}") from error
+    return np.array(image)
+
+
+def _read_bytes(path):
+    """The bytes of a regular file. Raises ValueError, saying why, for all else."""
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return path.read_bytes()
+        reason = "is a folder or a device, not a photo"  # a FIFO would keep its reader waiting
+    except OSError as error:
+        reason = "is a broken link" if path.is_symlink() else error.strerror
+    raise ValueError(reason)
+
+
+def _in_8_bits(image):
+    """A grey picture of more than 8 bits a pixel in 8 bits, and a note on how.
+
+    Which number means white is rarely said, so the brightest pixel becomes white.
+    """
+    samples = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    brightest = samples.max()
+    samples = np.clip(samples * (255 / brightest), 0, 255) if brightest > 0 else samples * 0
+    note = f"has more than 8 bits: its brightest pixel, {brightest:g}, is taken for white"
+    return Image.fromarray(samples.round().astype(np.uint8)), note
+
+
+# ---- What both scripts share: files that are written whole or not at all -------------------------
+
+
+@contextlib.contextmanager
+def locked(path, message):
+    """Hold the lock file `path` during the block. Raises Stop(message) if another process holds it.
+
+    The system lets go of it however this process ends.
+    """
+    try:
+        if os.name == "nt":
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+        else:
+            handle = _open_and_lock(path)
+    except (BlockingIOError, FileExistsError) as error:
+        raise Stop(message) from error
+    try:
+        yield
+    finally:
+        if os.name != "nt":  # where the file goes with its handle
+            Path(path).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_and_lock(path):
+    """The descriptor of a file that only this process has locked. Raises BlockingIOError."""
+    import fcntl  # which Windows does not have
+
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink == 0:
+            raise BlockingIOError  # the process that held it has just deleted it
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            os.close(handle)
+            raise  # otherwise the file system has no locks; most who work there are alone
+    return handle
+
+
+@contextlib.contextmanager
+def replace_when_whole(path):
+    """Yield a temporary path beside `path`, which takes its place only when the block succeeds.
+
+    Its name keeps all suffixes, as Keras goes by them, and tells the process, so that the next one
+    can clear up.
+    """
+    path = Path(path)
+    _remove_partial_files(path)
+    partial_path = path.with_name(f".partial{os.getpid()}-{path.name}")
+    try:
+        yield partial_path
+        partial_path.replace(path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def _remove_partial_files(path):
+    """Remove what a killed process has left of writing `path`, and nothing that one is writing."""
+    for left_behind in path.parent.glob(f".partial[0-9]*-{glob.escape(path.name)}"):
+        process = int(left_behind.name.removeprefix(".partial").partition("-")[0])
+        with contextlib.suppress(PermissionError):  # another user is writing it, or on Windows any
+            with contextlib.suppress(ProcessLookupError):
+                if os.name != "nt":  # where the question would end the process
+                    os.kill(process, 0)
+                    continue
+            left_behind.unlink(missing_ok=True)
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+
+def parse_options(words=None):
+    """Read and check the command line, or the words of one."""
     summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
     parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     add = parser.add_argument
@@ -503,7 +910,7 @@ def parse_options():
     )
     add("--overwrite", action="store_true", help="replace the split that is in DIR")
     add("--link", action="store_true", help="make hard links instead of copies")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for option, size in (("--val-size", options.val_size), ("--test-size", options.test_size)):
         if not 0.01 <= size <= 0.99:
             remedy = "Choose one from 0.01 to 0.99, such as 0.15."
@@ -511,510 +918,5 @@ def parse_options():
     return options
 
 
-def refuse_overlap(source, classes, output):
-    """Raise Stop if the splits would land among the source's photos or take their place."""
-
-    def inside(path, folder):  # compared as files, as some systems take "Flowers" for "flowers"
-        parts = [part for part in (path.resolve(), *path.resolve().parents) if part.exists()]
-        return folder.exists() and any(part.samefile(folder) for part in parts)
-
-    place = printable(output)
-    if inside(output, source):
-        remedy = "Name a folder outside it with --output."
-        raise Stop(f"{place}: lies in the source {printable(source)}.\n{remedy}")
-    for folder in (source, *(source / name for name in classes)):
-        if any(inside(folder, output / split) for split in SPLITS):
-            problem = f"is itself part of the split in {place}"
-            raise Stop(f"{printable(folder)}: {problem}.\nSplit the original photos.")
-
-
-def refuse_second_split(options):
-    """Raise Stop if the output holds a split, or part of one, that is not to be replaced."""
-    present = [name for name in RESULTS if os.path.lexists(options.output / name)]
-    if present and not options.overwrite:
-        held = f"{printable(options.output)}: already holds {', '.join(present)}."
-        raise Stop(f"{held}\n--overwrite replaces them as a whole.")
-
-
-def report(photos, classes):
-    """Print what was noticed, at most eight lines of each kind, and the table of counts."""
-    kinds = {
-        "Skipped": [photo for photo in photos if photo.problem and not photo.group],
-        "Label conflicts, left out": [photo for photo in photos if photo.problem and photo.group],
-        "Kept with a note": [photo for photo in photos if photo.note and not photo.problem],
-    }
-    for title, noticed in kinds.items():
-        if noticed:
-            lines = [f"{photo.source}: {photo.problem or photo.note}" for photo in noticed[:8]]
-            print(f"{title}: {len(noticed)} (see split.csv)", *map(printable, lines), sep="\n  ")
-    columns, width = (*SPLITS, "skipped"), max(len(printable(name)) for name in classes)
-    print(" " * width, *(f"{column:>10}" for column in columns))
-    counts = Counter((photo.class_name, photo.split) for photo in photos)
-    for name in classes:
-        row = (f"{counts[name, column]:>10}" for column in columns)
-        print(f"{printable(name):{width}}", *row)
-    evaluated = ("validation", "test")
-    fewest = min(itertools.product(classes, evaluated), key=lambda place: counts[place])
-    if counts[fewest] < FEW:
-        found = f"Only {counts[fewest]} of {printable(fewest[0])} in {fewest[1]}"
-        print(f"{found}: with fewer than {FEW} photos a class an accuracy is a rough guess.")
-
-
-def show_next_step(output):
-    """Print the command that trains on the split."""
-    if not imagenet_weights().exists():
-        print("ImageNet's weights (88 MB) are downloaded first; --weights none does without them.")
-    training = beside_this_script("model_training_and_visualization.py")
-    print(f"Next: {pasteable('python', training, '--data', output)}")
-
-
-def imagenet_weights():
-    """Where Keras keeps InceptionV3's weights without the top once they are downloaded."""
-    file = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
-    return download_folder() / "models" / file
-
-
-def beside_this_script(name):
-    """The path of a file in this script's folder, as short as a shell in this place takes it."""
-    path = Path(__file__).parent / name
-    with contextlib.suppress(ValueError):  # on another drive
-        path = Path(os.path.relpath(path))
-    return path
-
-
-def main():
-    """Split SOURCE as the command line says."""
-    options = parse_options()
-    classes, photos = list_files(options.source)
-    refuse_overlap(options.source, classes, options.output)
-    if not (options.output / BUILDING).exists():  # else what a killed run has left is seen to first
-        refuse_second_split(options)
-    with only_run_in(options.output) as building:
-        refuse_second_split(options)
-        build(photos, classes, building, options)
-    report(photos, classes)
-    copied = sum(photo.split != "skipped" and not photo.linked for photo in photos)
-    if options.link and copied:
-        place = printable(options.output)
-        print(f"{copied} photos were copied, as {place} cannot hold hard links to them.")
-    show_next_step(options.output)
-
-
-# ---- What both scripts share ---------------------------------------------------------------------
-# How a run ends, printing, photos, and files that are written whole or not at all.
-
-
-class Stop(Exception):  # noqa: N818 (it ends a run, with or without an error)
-    """Ends a run with a message of one to three lines that names the file and the remedy."""
-
-    def __init__(self, message, exit_code=2):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def run(main):
-    """Call main(), and end the process with a message and an exit code where it does not succeed.
-
-    The code is 1 after an I/O or runtime failure, 2 on bad input, 130 after Ctrl-C, 143 after
-    SIGTERM.
-    """
-    open_missing_streams()
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a photo is said by name
-    try:
-        with unwound_by_sigterm():
-            main()
-            sys.stdout.flush()
-        return
-    except Stop as stop:
-        message, exit_code = str(stop), stop.exit_code
-    except KeyboardInterrupt:
-        message, exit_code = "Stopped by Ctrl-C.", 130
-    except BrokenPipeError:
-        os._exit(1)  # the reader of our output has left; an ordinary exit would complain about it
-    except OSError as error:
-        message, exit_code = explain(error), 1
-    try:
-        print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    except OSError:  # the full disk is the one that we print to
-        os._exit(exit_code)
-    sys.exit(exit_code)
-
-
-def open_missing_streams():
-    """Make sure that whatever is printed does no harm, wherever it goes.
-
-    Of a program started with `>&-` the next file to be opened would become the standard output, and
-    what a library prints would land in that file.
-    """
-    with contextlib.suppress(OSError):
-        while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
-            pass
-        os.close(unused)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if getattr(stream, "closed", stream is None):
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-        elif hasattr(stream, "reconfigure"):  # a name may hold what the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def unwound_by_sigterm():
-    """Let SIGTERM unwind the block as Ctrl-C does, so that what is half written is removed."""
-    if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        if before is not None:  # which no Python code has set, and none can set again
-            signal.signal(signal.SIGTERM, before)  # as the process of a notebook lives on
-
-
-def explain(error):
-    """The message for an OSError: what failed, why, and what to do about it."""
-    place = error.filename2 or error.filename
-    subject = "" if place is None else f"{printable(place)}: "
-    if not error.errno:  # one of Pillow's own
-        return subject + (" ".join(map(str, error.args)) or type(error).__name__)
-    remedy = "Choose another place, then run it again."
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "Free some space there, or choose another place, then run it again."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        remedy = "Check the permissions there, or choose another place, then run it again."
-    return f"{subject}{os.strerror(error.errno)}.\n{remedy}"  # HDF5's own reason is a page
-
-
-def printable(path):
-    """A path as it can be printed on one line, whatever its name holds."""
-    text = raw_name(path).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-
-
-def pasteable(*words):
-    """A command of these words that a shell takes as it is printed, whatever they hold."""
-    return " ".join(quoted(word) for word in words)
-
-
-def quoted(word):
-    """A word quoted for the shell where it needs to be: $'…' if it cannot be printed as it is."""
-    text = os.fsdecode(word)
-    if isinstance(word, Path) and text.startswith("-"):
-        text = os.path.join(".", text)  # noqa: PTH118 (Path drops the dot); it is no option
-    if os.name == "nt":
-        return subprocess.list2cmdline([text])
-    with contextlib.suppress(UnicodeEncodeError):
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-        if text.isprintable():
-            return shlex.quote(text)
-    safe = bytes(range(32, 127)).translate(None, b"'\\")
-    letters = (chr(byte) if byte in safe else f"\\x{byte:02x}" for byte in raw_name(text))
-    return f"$'{''.join(letters)}'"
-
-
-def raw_name(path):
-    """The bytes of a name: those on disk, which may be no UTF-8, or UTF-8."""
-    lone = "backslashreplace" if os.name == "nt" else "surrogateescape"
-    return os.fsdecode(path).encode("utf-8", lone)
-
-
-# The types that Keras's ImageDataGenerator reads; it passes over all others without a word.
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
-# What may be inside, whatever the suffix says: web photos often carry a wrong one. Nothing that
-# starts another program.
-PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-# Pillow refuses what unpacks to over twice as many, and may not fit into memory.
-Image.MAX_IMAGE_PIXELS = 45_000_000
-BITS_PER_SAMPLE, MAX_SAMPLE_VALUE = 258, 281  # tags of TIFF
-JPEG_END = b"\xff\xd9"
-
-
-def is_hidden(name):
-    """Whether a file or folder is not meant to be seen, such as .ipynb_checkpoints or __MACOSX."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def class_folders(folder):
-    """The sorted names of the visible folders in `folder`: its classes."""
-
-    def is_folder(entry):
-        try:
-            return entry.is_dir()
-        except OSError:  # a link that leads in a circle
-            return False
-
-    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry))
-    return [name for name in names if not is_hidden(name)]
-
-
-def read_photo(path, at_least=None):
-    """Decode a photo as a person sees it, EXIF rotation applied: (height, width, 3) uint8 RGB.
-
-    With `at_least=pixels` a JPEG comes at the smallest of its scales 1, 1/2, 1/4, 1/8 that keeps
-    both sides that long. Raises Stop, naming the file and the reason, if it is no whole photo.
-    """
-    try:
-        image, _ = decode(read_bytes(Path(path)), at_least)
-    except ValueError as error:
-        raise Stop(f"{printable(path)}: {error}") from error
-    return np.array(image)
-
-
-def read_bytes(path):
-    """The bytes of a regular file. Raises ValueError, saying why, for all else."""
-    try:
-        if stat.S_ISREG(path.stat().st_mode):
-            return path.read_bytes()
-        reason = "is a folder or a device, not a photo"  # a FIFO would keep its reader waiting
-    except OSError as error:
-        reason = "is a broken link" if path.is_symlink() else error.strerror
-    raise ValueError(reason)
-
-
-def decode(data, at_least=None, mode="RGB"):
-    """The bytes of a photo as a Pillow image of mode RGB or L (grey), and a note about it or "".
-
-    See read_photo. Raises ValueError, saying why, if they are no photo or not whole.
-    """
-    try:
-        image, note = load_or_mend(data, at_least, mode)
-        with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # 16 bits and more, which Pillow would clip at 255
-            image, note = in_8_bits(image)
-        elif is_dark_16_bit_colour(image):
-            note = "is nearly black, as it uses only the lower of its 16 bits a colour"
-        if image.has_transparency_data:  # is laid on white
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert(mode), note
-    except Image.DecompressionBombError:
-        reason = f"is too large, over {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-    except Image.UnidentifiedImageError:
-        reason = "is no image that can be read" if data else "is empty"
-    except Exception as error:  # each of Pillow's decoders has its own ways to fail
-        reason = f"is damaged or cut off ({error})"
-    raise ValueError(reason)
-
-
-def load_or_mend(data, at_least, mode):
-    """The loaded Pillow image of a photo's bytes, and a note if that took an end to be added."""
-    try:
-        return load(data, at_least, mode), ""
-    except (OSError, ValueError):
-        if data.startswith(b"\x89PNG"):
-            return load(without_text(data), at_least, mode), ""
-        if data.startswith(b"\xff\xd8") and lacks_only_its_end(data):
-            return load(data + JPEG_END, at_least, mode), "lacks its end marker, but no pixel"
-        raise
-
-
-def load(data, at_least=None, mode="RGB"):
-    """The loaded Pillow image of a photo's bytes."""
-    image = Image.open(io.BytesIO(data), formats=PHOTO_FORMATS)
-    if at_least:
-        image.draft(mode, (at_least, at_least))
-    image.load()
-    return image
-
-
-def without_text(png):
-    """The bytes of a PNG without text and colour profile, of which Pillow refuses large ones."""
-    kept, position = [png[:8]], 8
-    while position < len(png):
-        length = int.from_bytes(png[position : position + 4], "big")
-        chunk = png[position : position + 12 + length]  # length, type, data, checksum
-        if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            kept.append(chunk)
-        position += len(chunk)
-    return b"".join(kept)
-
-
-def lacks_only_its_end(jpeg):
-    """Whether a JPEG that ends too early holds all of its pixels all the same.
-
-    Then whatever follows its last byte makes no difference.
-    """
-    endings = (bytes(64), b"\x55" * 64)
-    with contextlib.suppress(Exception):  # a damaged header has its own ways to fail
-        if holds_every_scan(jpeg):
-            one, other = (load(jpeg.rstrip(b"\xff") + end + JPEG_END) for end in endings)
-            return one.tobytes() == other.tobytes()
-    return False
-
-
-def holds_every_scan(jpeg):
-    """Whether the scans of a JPEG, of which a progressive one has many, bring every last bit.
-
-    A frame header lists the components of the photo. Each scan header says which of their 64
-    coefficients it brings, and how many of the last bits it leaves out (ITU-T T.81, B.2).
-    """
-    missing = {}
-    for marker, content in jpeg_segments(jpeg):
-        if marker in b"\xc0\xc1\xc2":
-            missing = {component: set(range(64)) for component in content[6::3]}
-        if marker == b"\xda":
-            first, last, bits = content[-3:]
-            if bits & 15 == 0:
-                for component in content[1:-3:2]:
-                    missing[component] -= set(range(first, last + 1))
-    return bool(missing) and not any(missing.values())
-
-
-def jpeg_segments(jpeg):
-    """Yield the marker and the content of every segment of a JPEG; pixels lie between segments."""
-    # Among pixels, 0xFF is followed by 0x00 or by a restart marker, 0xD0 to 0xD7.
-    start, position = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])(..)", re.DOTALL), 2
-    while found := start.search(jpeg, position):
-        position = found.start() + 2 + int.from_bytes(found[2], "big")
-        yield found[1], jpeg[found.end() : position]
-
-
-def is_dark_16_bit_colour(image):
-    """Whether it is a TIFF of 16 bits a colour whose upper bits, all that Pillow reads, are 0."""
-    if image.format != "TIFF" or image.mode != "RGB":
-        return False
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, [8])
-    return max(bits) == 16 and max(high for _, high in image.getextrema()) < 64
-
-
-def in_8_bits(image):
-    """A grey picture of 16 bits and more, or of floats, in 8 bits, and a note on a guess."""
-    samples = np.nan_to_num(np.asarray(image, np.float32))
-    white, note = white_level(image, samples.max())
-    samples = np.clip(samples * (255 / white), 0, 255)
-    return Image.fromarray(samples.round().astype(np.uint8)), note
-
-
-def white_level(image, brightest):
-    """The sample that means white in a grey picture, and a note if that was a guess."""
-    if ";16" not in image.mode:
-        return next((level for level in (1, 255) if brightest <= level), 65535), ""
-    if image.format != "TIFF":
-        return 65535, ""
-    bits = max(image.tag_v2.get(BITS_PER_SAMPLE, [16]))
-    if bits < 16:
-        return 2**bits - 1, ""
-    stated = np.max(image.tag_v2.get(MAX_SAMPLE_VALUE, 0))
-    if stated >= max(brightest, 1):
-        return stated, ""
-    # Cameras and microscopes store 10, 12 or 14 bits in 16 and mostly do not say so.
-    bits = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
-    note = "" if bits == 16 else f"holds {bits} bits in 16, to judge by its brightest pixel"
-    return 2**bits - 1, note
-
-
-def decode_photos(photos, function, description):
-    """Yield function(photo) for every photo, in order, from threads on all cores.
-
-    A terminal shows the progress.
-    """
-    photos, pool = list(photos), ThreadPoolExecutor(cores())
-    try:
-        results = pool.map(function, photos)
-        if sys.stderr.isatty():
-            # Only here, as it takes as long to import as 100 photos to check.
-            from rich.console import Console
-            from rich.progress import track
-
-            results = track(results, description, len(photos), console=Console(stderr=True))
-        yield from results
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
-
-
-def keras_home():
-    """The folder of Keras's settings and downloads: $KERAS_HOME, ~/.keras, or else /tmp/.keras."""
-    home = os.path.expanduser("~")  # noqa: PTH111 (Path raises where there is no home)
-    home = home if os.access(home, os.W_OK) else "/tmp"
-    return Path(os.path.expanduser(os.environ.get("KERAS_HOME", f"{home}/.keras")))  # noqa: PTH111
-
-
-def download_folder():
-    """Where Keras looks for its downloads: in its home, or where that is read-only in /tmp."""
-    temporary = "/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir()
-    home = keras_home()
-    return home if os.access(home, os.W_OK) else Path(temporary, ".keras")
-
-
-def cores():
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def locked(path, message):
-    """Hold the lock file `path` during the block. Raises Stop(message) if another process holds it.
-
-    The system lets go of it however this process ends.
-    """
-    try:
-        if os.name == "nt":
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
-        else:
-            handle = open_and_lock(path)
-    except (BlockingIOError, FileExistsError) as error:
-        raise Stop(message) from error
-    try:
-        yield
-    finally:
-        if os.name != "nt":  # where the file goes with its handle
-            Path(path).unlink(missing_ok=True)
-        os.close(handle)
-
-
-def open_and_lock(path):
-    """The descriptor of a file that only this process has locked. Raises BlockingIOError."""
-    import fcntl  # which Windows does not have
-
-    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_nlink == 0:
-            raise BlockingIOError  # the process that held it has just deleted it
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            os.close(handle)
-            raise  # otherwise the file system has no locks; most who work there are alone
-    return handle
-
-
-@contextlib.contextmanager
-def replace_when_whole(path):
-    """Yield a temporary path beside `path`, which takes its place only when the block succeeds.
-
-    Its name keeps all suffixes, as Keras goes by them, and tells the process, so that the next one
-    can clear up.
-    """
-    path = Path(path)
-    remove_partial_files(path)
-    partial_path = path.with_name(f".partial{os.getpid()}-{path.name}")
-    try:
-        yield partial_path
-        partial_path.replace(path)
-    except OSError as error:
-        error.filename = error.filename or os.fspath(path)
-        raise
-    finally:
-        partial_path.unlink(missing_ok=True)
-
-
-def remove_partial_files(path):
-    """Remove what a killed process has left of writing `path`, and nothing that one is writing."""
-    for left_behind in path.parent.glob(f".partial[0-9]*-{glob.escape(path.name)}"):
-        process = int(left_behind.name.removeprefix(".partial").partition("-")[0])
-        with contextlib.suppress(PermissionError):  # another user is writing it, or on Windows any
-            with contextlib.suppress(ProcessLookupError):
-                if os.name != "nt":  # where the question would end the process
-                    os.kill(process, 0)
-                    continue
-            left_behind.unlink(missing_ok=True)
-
-
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(parse_options()))
