@@ -38,7 +38,7 @@ import tensorflow as tf
 from draw_flowers import CLASS_NAMES, draw_flower
 from keras import layers
 
-from create_train_val_test import class_folders, cores, decode_photos, read_photo, similar_pairs
+from create_train_val_test import class_folders, cores, map_photos, read_photo, similar_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -215,7 +215,7 @@ def compare_split(bench):
     runs = {
         "ours": lambda: seconds(call, *ours, bench.scratch / f"split{next(fresh)}"),
         "decoding every photo in full on all cores, nothing else": lambda: seconds(
-            list, decode_photos(photos.glob("*/*.jpg"), lambda path: read_photo(path).shape, "")
+            list, map_photos(photos.glob("*/*.jpg"), lambda path: read_photo(path).shape, "")
         ),
     }
     command = shutil.which("splitfolders", path=str(Path(sys.executable).parent)) or shutil.which(

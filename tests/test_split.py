@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -225,10 +226,12 @@ def test_split_csv_tells_for_every_file_where_it_went_and_why(tmp_path):
 def test_link_makes_hard_links_and_falls_back_to_copies_and_says_so(tmp_path, capsys, monkeypatch):
     source = make_source(tmp_path / "photos", daisy=8, rose=8)
     (source / "rose" / "empty.jpg").touch()
+    (source / "rose" / "photo_007.jpg").rename(tmp_path / "elsewhere.jpg")
+    (source / "rose" / "photo_007.jpg").symlink_to(tmp_path / "elsewhere.jpg")
     for row in split(source, tmp_path / "out", "--link"):
         if row["split"] != "skipped":
             linked = tmp_path / "out" / row["split"] / row["source"]
-            assert linked.samefile(source / row["source"])
+            assert linked.samefile(source / row["source"]) and not linked.is_symlink()
     assert "copied" not in capsys.readouterr().out
 
     def refuse(*_):  # as another file system would, which tests cannot mount
@@ -496,7 +499,10 @@ def test_hidden_folders_macosx_and_a_nested_copy_of_the_set_are_no_classes(tmp_p
     assert "flowers: is a nested copy of the whole set" in capsys.readouterr().out
 
 
-LOCALES = [{"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}]
+LOCALES = [
+    {"LC_ALL": "C.UTF-8"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+]
 
 
 @pytest.mark.parametrize("settings", LOCALES)
@@ -513,11 +519,12 @@ def test_any_name_that_the_file_system_holds_is_carried_over(tmp_path, settings)
             written.append(f"rose/{name}")
         except OSError:
             continue  # this file system cannot hold it
-    (source / "rose" / "empty\n\t.jpg").touch()
+    (source / "rose" / "empty\n花.jpg").touch()
     started = process(source, tmp_path / "out", env={**os.environ, **settings})
     printed, messages = started.communicate(timeout=60)
     assert (started.returncode, messages) == (0, "")
-    assert "  rose/empty\\n\\t.jpg: is empty\n" in printed
+    flower = "\\u82b1" if "PYTHONIOENCODING" in settings else "花"
+    assert f"  rose/empty\\n{flower}.jpg: is empty\n" in printed
     rows = where(rows_of(tmp_path / "out"))
     for path in written:
         assert (tmp_path / "out" / rows[path] / path).is_file()
@@ -857,6 +864,30 @@ def test_photos_are_mapped_in_order_by_as_many_threads_as_there_are_cores():
 
     assert list(split_script.map_photos(iter(range(40)), work, "")) == [-k for k in range(40)]
     assert len(threads) == split_script.cores()
+
+
+def test_photos_that_nobody_waits_for_any_more_are_left():
+    done = []
+
+    def work(number):
+        time.sleep(0.001)
+        done.append(number)
+
+    results = split_script.map_photos(range(1000), work, "")
+    next(results)
+    results.close()  # as Ctrl-C closes it
+    assert len(done) < 500
+
+
+@posix_only
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_only_the_cores_that_this_process_may_use_are_counted():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert split_script.cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_a_file_is_replaced_only_when_its_successor_is_whole(tmp_path):
