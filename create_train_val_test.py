@@ -52,16 +52,20 @@ THUMBNAIL = (36, 32)
 
 
 def main(options):
-    """Split the photos of SOURCE as the options say."""
+    """Split the photos of SOURCE as the options say, or check a split that others made."""
+    if options.check:
+        check_split(options)
+        return
     classes, photos = list_files(options.source)
     refuse_overlap(options.source, classes, options.output)
     refuse_second_split(options)
     with only_run_in(options.output) as building:
         refuse_second_split(options)
-        copy_photos(photos, classes, building, options)
+        copy_photos(photos, building, options)
         find_copies(photos, only_identical=options.copies == "identical")
+        join_groups(photos)
         assign_splits(photos, classes, options)
-        move_to_splits(photos, building)
+        move_to_splits(photos, classes, building)
         write_table(photos, building / "split.csv")
     report(photos, classes, options)
     show_next_step(options.output)
@@ -80,21 +84,26 @@ class Photo:
 
     source: str  # its path below SOURCE, with forward slashes
     class_name: str = ""
+    folder: str = ""  # the one of several photos of the class that belong together
     split: str = "skipped"
     sha256: str = ""
     group: int | str = ""
     problem: str = ""  # why it is left out
     note: str = ""  # what is worth knowing of a photo that is kept
-    thumbnail: bytes = b""  # 32 rows of 36 grey pixels
+    thumbnail: bytes = b""  # what copies are found by
+    in_conflict: bool = False  # left out, as its copies are of several classes
     linked: bool = False
 
     def __post_init__(self):
         self.copies = [self]  # a list that all copies of one picture share
+        self.together = [self]  # a list that all photos share that must go to one split
 
     @property
-    def in_conflict(self):
-        """Whether it is left out as its copies are of several classes."""
-        return bool(self.problem and self.group)
+    def reason(self):
+        """Why it is in a group: the folder that it is in, its copies, or both."""
+        in_folder = self.folder and sum(other.folder == self.folder for other in self.together) > 1
+        kinds = {"folder": in_folder, "copies": len(self.copies) > 1}
+        return " and ".join(kind for kind, is_one in kinds.items() if is_one)
 
 
 def list_files(source):
@@ -112,7 +121,7 @@ def list_files(source):
             is_nested = photo.source in nested
             photo.problem = "is a nested copy of the whole set" if is_nested else "is in no class"
         for name in classes:
-            photos += [Photo(f"{name}/{file}", name) for file in _names_in(source / name)]
+            photos += _photos_in(source, name, name)
     except OSError as error:  # it is missing, or a file, or may not be read
         advice, draw = LAYOUT, beside_this_script("tests/draw_flowers.py")
         if source == Path("flowers") and not source.exists() and draw.exists():
@@ -122,17 +131,14 @@ def list_files(source):
     return classes, photos
 
 
-def copy_photos(photos, classes, building, options):
-    """Make the folders of the new split in `building`, and fill train with every whole photo.
-
-    All photos start in train, where most of them will stay.
-    """
-    for split, name in itertools.product(SPLITS, classes):
-        (building / split / name).mkdir(parents=True)
-    copy = partial(
-        _copy_if_whole, source=options.source, folder=building / "train", link=options.link
-    )
+def copy_photos(photos, building, options):
+    """Copy or link every whole photo below the folder WAITING of the new split."""
     in_classes = [photo for photo in photos if not photo.problem]
+    for folder in {Path(photo.source).parent for photo in in_classes}:
+        (building / WAITING / folder).mkdir(parents=True, exist_ok=True)
+    copy = partial(
+        _copy_if_whole, source=options.source, folder=building / WAITING, link=options.link
+    )
     for _ in map_photos(in_classes, copy, "Checking and copying"):
         pass
 
@@ -142,14 +148,31 @@ def _names_in(folder):
     return sorted((path.name for path in folder.iterdir()), key=raw_name)
 
 
+def _photos_in(source, below, class_name):
+    """A Photo for every file of the class in source/below; those of one folder there stay together.
+
+    A link to a folder is not followed, as it may lead in a circle.
+    """
+    photos, folders = [], class_folders(source / below)
+    for name in _names_in(source / below):
+        place = f"{below}/{name}"
+        if name in folders and not (source / place).is_symlink():
+            files = (path for path in (source / place).rglob("*") if not path.is_dir())
+            names = sorted((path.relative_to(source).as_posix() for path in files), key=raw_name)
+            photos += [Photo(file, class_name, place) for file in names]
+        else:
+            photos.append(Photo(place, class_name))
+    return photos
+
+
 def _refuse_what_is_no_set_of_classes(source, classes, folders):
     """Raise Stop if the folders of SOURCE, `folders` giving those in each, are no classes."""
     parts = [name for name in folders if name.lower() in PARTS and folders[name]]
     if len(parts) >= 2:
         found = " and ".join(printable(name) for name in parts)
         raise Stop(
-            f"{printable(source)}: is itself split, into {found}.\nName the photos that it was "
-            "made of, or first bring those of each class together in one folder."
+            f"{printable(source)}: is itself split, into {found}.\n--check looks for copies across "
+            "them. To split anew, bring the photos of each class together in one folder."
         )
     if len(classes) < 2:
         deeper = [source / name for name in folders if len(folders[name]) >= 2]
@@ -159,16 +182,11 @@ def _refuse_what_is_no_set_of_classes(source, classes, folders):
 
 def _copy_if_whole(photo, source, folder, link):
     """Copy or link the photo into `folder` if it decodes in full; note what was found."""
+    data = _examine(photo, source)
+    if photo.problem:
+        return
     path, target = source / photo.source, folder / photo.source
     try:
-        if is_hidden(path.name):
-            raise ValueError("is hidden")
-        if path.suffix.lower() not in PHOTO_SUFFIXES and not path.is_dir():
-            raise ValueError(f"is of type {path.suffix or 'none'}, which Keras does not read")
-        data = _read_bytes(path)
-        photo.sha256 = hashlib.sha256(data).hexdigest()
-        grey, photo.note = decode(data, at_least=2 * max(THUMBNAIL), mode="L")
-        photo.thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
         with contextlib.suppress(OSError):  # another file system, or one that has no hard links
             if link:
                 os.link(path.resolve(), target)
@@ -176,11 +194,27 @@ def _copy_if_whole(photo, source, folder, link):
         if not photo.linked:
             target.write_bytes(data)
             os.utime(target, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
-    except ValueError as error:
-        photo.problem = str(error)
     except OSError as error:
         error.filename = os.fspath(target)  # which a full disk does not name
         raise
+
+
+def _examine(photo, source):
+    """The bytes of a photo that decodes in full, else None; note what was found."""
+    path = source / photo.source
+    try:
+        if any(map(is_hidden, Path(photo.source).parts)):
+            raise ValueError("is hidden")
+        if path.suffix.lower() not in PHOTO_SUFFIXES and path.is_file():
+            raise ValueError(f"is of type {path.suffix or 'none'}, which no photo has")
+        data = _read_bytes(path)
+        photo.sha256 = hashlib.sha256(data).hexdigest()
+        grey, photo.note = decode(data, at_least=2 * max(THUMBNAIL), mode="L")
+        photo.thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
+        return data
+    except ValueError as error:
+        photo.problem = str(error)
+        return None
 
 
 # ---- Copies of one picture -----------------------------------------------------------------------
@@ -228,8 +262,10 @@ def similar_pairs(hashes):
     return np.stack(np.divmod(np.unique(np.concatenate(found)), count), axis=1)
 
 
-def same_pictures(thumbnails):
-    """Yield the index pairs of (n, 32, 36) grey thumbnails that show one picture."""
+def same_pictures(photos):
+    """Yield the index pairs of the photos that show one picture."""
+    thumbnails = np.frombuffer(b"".join(photo.thumbnail for photo in photos), np.uint8)
+    thumbnails = thumbnails.reshape(-1, *THUMBNAIL[::-1])
     pairs = similar_pairs(_difference_hashes(thumbnails))
     for start in range(0, len(pairs), 256):  # the edges of all at once would fill the memory
         block = pairs[start : start + 256]
@@ -243,44 +279,61 @@ def same_pictures(thumbnails):
 
 
 def find_copies(photos, only_identical=False):
-    """Bring the copies among the whole photos together, number their groups, find label conflicts.
-
-    A group is one picture and what looks the same as that one, not a chain in which each looks like
-    the next: in that way all frames of a video would be copies of each other.
-    """
-    whole = [photo for photo in photos if not photo.problem]
+    """Bring the copies among the whole photos together, and note label conflicts among them."""
     same_bytes = {}
-    for photo in whole:
-        same_bytes.setdefault(photo.sha256, []).append(photo)
+    for photo in photos:
+        if not photo.problem:
+            same_bytes.setdefault(photo.sha256, []).append(photo)
     files = list(same_bytes.values())
-    alike = [set() for _ in files]
-    if not only_identical:
-        thumbnails = np.frombuffer(b"".join(same[0].thumbnail for same in files), np.uint8)
-        for one, other in same_pictures(thumbnails.reshape(-1, *THUMBNAIL[::-1])):
-            alike[one].add(other)
-            alike[other].add(one)
-    ungrouped = set(range(len(files)))
+    pairs = [] if only_identical else same_pictures([same[0] for same in files])
+    for members in star_groups(len(files), pairs):
+        copies = [photo for index in members for photo in files[index]]
+        for photo in copies:
+            photo.copies = copies
+            others = [other.source for other in copies if other.class_name != photo.class_name]
+            if others:
+                named = ", ".join(others[:3])
+                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+                photo.in_conflict = True
+                photo.problem = f"label conflict: the same picture as {named}{more}"
+
+
+def star_groups(count, pairs):
+    """Group the numbers below `count`: each group is one of them, and all that are paired with it.
+
+    It is no chain in which each resembles the next: in that way all frames of a video would be
+    copies of each other. The number with the most pairs comes first.
+    """
+    alike = [set() for _ in range(count)]
+    for one, other in pairs:
+        alike[one].add(other)
+        alike[other].add(one)
+    ungrouped, groups = set(range(count)), []
     for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
         if hub in ungrouped:
-            members = sorted({hub} | (alike[hub] & ungrouped))
-            ungrouped.difference_update(members)
-            group = [photo for index in members for photo in files[index]]
-            for photo in group:
-                photo.copies = group
-    groups = {id(photo.copies): photo.copies for photo in whole if len(photo.copies) > 1}
+            groups.append(sorted({hub} | (alike[hub] & ungrouped)))
+            ungrouped.difference_update(groups[-1])
+    return groups
+
+
+def join_groups(photos):
+    """Bring together what must go to one split, copies and photos of one folder; number the groups.
+
+    Where a group of copies and a folder overlap, they become one.
+    """
+    folders = {}
+    for photo in photos:
+        if photo.folder and not photo.problem:
+            folders.setdefault(photo.folder, []).append(photo)
+    for relatives in (*(photo.copies for photo in photos), *folders.values()):
+        parts = {id(photo.together): photo.together for photo in relatives}
+        joined = list(itertools.chain.from_iterable(parts.values()))
+        for photo in joined:
+            photo.together = joined
+    groups = {id(photo.together): photo.together for photo in photos if len(photo.together) > 1}
     for number, group in enumerate(groups.values(), start=1):
-        _note_group(group, number)
-
-
-def _note_group(group, number):
-    """Number the photos of a group, and note a label conflict where it lies in several classes."""
-    for photo in group:
-        photo.group = number
-        others = [other.source for other in group if other.class_name != photo.class_name]
-        if others:
-            named = ", ".join(others[:3])
-            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-            photo.problem = f"label conflict: the same picture as {named}{more}"
+        for photo in group:
+            photo.group = number
 
 
 def _difference_hashes(thumbnails):
@@ -384,7 +437,7 @@ def assign_splits(photos, classes, options):
     """
     for name in classes:
         usable = [photo for photo in photos if photo.class_name == name and not photo.problem]
-        groups = [photo.copies for photo in usable if photo.copies[0] is photo]
+        groups = list({id(photo.together): photo.together for photo in usable}.values())
         sizes = split_sizes(len(usable), options.val_size, options.test_size)
         if len(groups) < len(SPLITS) or not all(sizes.values()):
             left_out = [photo for photo in photos if photo.class_name == name and photo.problem]
@@ -403,14 +456,15 @@ def _too_small(name, usable, groups, left_out, options):
     )
     ways = ["Add photos to it", "remove it"]
     if len(usable) < needed:
-        lack = f"has {len(usable)} usable photos; three splits need {needed}."
+        lack = f"has {len(usable)} usable photos; three splits need {needed}, "
+        lack += f"so {needed - len(usable)} more."
         ways.append("choose larger --val-size and --test-size")
     else:
-        lack = f"its {len(usable)} photos show only {len(groups)} different pictures, as the others"
-        lack += f" are copies; three splits need {len(SPLITS)}."
+        lack = f"its {len(usable)} photos are only {len(groups)} groups of copies and folders; "
+        lack += f"three splits need {len(SPLITS)}, so {len(SPLITS) - len(groups)} more."
     if left_out:
         lack += printable(f" {left_out[0].source}: {left_out[0].problem}.")
-    if options.copies == "similar" and any(photo.group for photo in usable + left_out):
+    if options.copies == "similar" and any(len(photo.copies) > 1 for photo in usable + left_out):
         ways.append("count only identical files as copies with --copies identical")
     return f"class {printable(name)}: {lack}\n{', '.join(ways[:-1])}, or {ways[-1]}."
 
@@ -423,6 +477,7 @@ def _too_small(name, usable, groups, left_out, options):
 
 BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
+WAITING = "waiting"  # for their splits: where photos are in BUILDING until copies are found
 
 
 def refuse_overlap(source, classes, output):
@@ -469,21 +524,27 @@ def only_run_in(output):
             try:
                 yield output / BUILDING
             finally:
-                _move_into_place(output)
+                try:
+                    _move_into_place(output)
+                except BaseException:  # Ctrl-C between two moves: first the rest of them
+                    _move_into_place(output)
+                    raise
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # it holds the split
                 path.rmdir()
 
 
-def move_to_splits(photos, building):
-    """Move every photo from the new train to its split, and remove those that are left out."""
+def move_to_splits(photos, classes, building):
+    """Move every photo that is kept to its split, and remove the others."""
+    for split, name in itertools.product(SPLITS, classes):
+        (building / split / name).mkdir(parents=True)
     for photo in photos:
-        start = building / "train" / photo.source
-        if photo.in_conflict:  # which was found after it was copied
-            start.unlink()
-        elif photo.split not in ("train", "skipped"):
-            start.rename(building / photo.split / photo.source)
+        if photo.split != "skipped":
+            target = building / photo.split / photo.source
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (building / WAITING / photo.source).rename(target)
+    shutil.rmtree(building / WAITING)
 
 
 def write_table(photos, path):
@@ -491,11 +552,11 @@ def write_table(photos, path):
     encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
     with replace_when_whole(path) as partial_path, partial_path.open("w", **encoding) as file:
         writer = csv.writer(file)
-        writer.writerow(("source", "class", "split", "sha256", "group", "note"))
+        writer.writerow(("source", "class", "split", "sha256", "group", "reason", "note"))
         for photo in photos:
             note = "; ".join(filter(None, (photo.problem, photo.note)))
-            row = (photo.source, photo.class_name, photo.split, photo.sha256, photo.group, note)
-            writer.writerow(row)
+            place = (photo.source, photo.class_name, photo.split)
+            writer.writerow((*place, photo.sha256, photo.group, photo.reason, note))
 
 
 def _move_into_place(output):
@@ -513,6 +574,58 @@ def _move_into_place(output):
         for name in waiting:
             (building / name).rename(output / name)
     shutil.rmtree(building, ignore_errors=True)
+
+
+# ---- A split that others made --------------------------------------------------------------------
+
+
+def check_split(options):
+    """Name the pictures that lie in several parts of a split, and those of several classes.
+
+    Nothing is written. Raises Stop, with the exit code 1, where there are some.
+    """
+    source = options.source
+    photos = _list_split(source)
+    for _ in map_photos(photos, partial(_examine, source=source), "Checking"):
+        pass
+    find_copies(photos, only_identical=options.copies == "identical")
+    groups = list({id(photo.copies): photo.copies for photo in photos}.values())
+    leaks = [group for group in groups if len({photo.split for photo in group}) > 1]
+    conflicts = [group for group in groups if group[0].in_conflict]
+    damaged = [photo for photo in photos if photo.problem and not photo.in_conflict]
+    for title, found in {"In several parts": leaks, "In several classes": conflicts}.items():
+        print(f"{title}: {len(found)}")
+        for group in found:
+            print(" ", " = ".join(printable(photo.source) for photo in group))
+    for photo in damaged:
+        print(f"Not looked at: {printable(photo.source)}: {photo.problem}")
+    if leaks or conflicts:
+        remedy = "Remove all but one of each, or split anew what the parts hold."
+        raise Stop(f"{printable(source)}: holds pictures that lie in two places.\n{remedy}", 1)
+
+
+def _list_split(source):
+    """A Photo for every file in source/part/class, the part being its split.
+
+    Raises Stop where there are no two parts that share a class.
+    """
+    try:
+        parts = {part: class_folders(source / part) for part in class_folders(source)}
+        counts = Counter(itertools.chain.from_iterable(parts.values()))
+        if max(counts.values(), default=0) < 2:
+            remedy = "Name the folder that holds train/daisy, test/daisy, … with --check."
+            raise Stop(
+                f"{printable(source)}: is not split into parts with the same classes.\n{remedy}"
+            )
+        photos = []
+        for part, name in [(part, name) for part, names in parts.items() for name in names]:
+            found = _photos_in(source, f"{part}/{name}", name)
+            for photo in found:
+                photo.split = part
+            photos += found
+    except OSError as error:
+        raise Stop(f"{printable(error.filename)}: {error.strerror}.\n{LAYOUT}") from error
+    return photos
 
 
 # ---- What is printed -----------------------------------------------------------------------------
@@ -706,13 +819,20 @@ def map_photos(photos, function, description):
 
 # ---- What both scripts share: photos -------------------------------------------------------------
 
-# The types that Keras's ImageDataGenerator reads; it passes over all others without a word.
-PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff")
-# What may be inside, whatever the suffix says: web photos often carry a wrong one. Nothing that
-# starts another program.
-PHOTO_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")
-# Pillow refuses what unpacks to over twice as many, and may not fit into memory.
-Image.MAX_IMAGE_PIXELS = 45_000_000
+# The still pictures that Pillow decodes without starting another program. What is inside counts,
+# whatever the suffix says: web photos often carry a wrong one.
+PHOTO_FORMATS = (
+    *("JPEG", "PNG", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "GIF"),
+    *("JPEG2000", "TGA", "QOI", "ICO", "PCX", "SGI"),
+)
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".tif", ".tiff", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".tga", ".qoi", ".ico", ".pcx"),
+    *(".sgi", ".mpo", ".apng"),
+)
+MAX_PIXELS = 90_000_000  # that are decoded; a JPEG of more is decoded at a smaller scale
+# Pillow refuses what has over twice as many, and may not fit into memory.
+Image.MAX_IMAGE_PIXELS = 250_000_000
 # Pillow refuses a PNG for more text, or a larger colour profile, than this many bytes.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 
@@ -742,8 +862,12 @@ def decode(data, at_least=None, mode="RGB"):
     """
     try:
         image, note = Image.open(io.BytesIO(data), formats=PHOTO_FORMATS), ""
+        if not at_least and image.width * image.height > MAX_PIXELS:
+            at_least = min(image.size) // 2
         if at_least:
             image.draft(mode, (at_least, at_least))
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
         with contextlib.suppress(Exception):  # a broken EXIF block does not make the pixels worse
             ImageOps.exif_transpose(image, in_place=True)
@@ -755,7 +879,7 @@ def decode(data, at_least=None, mode="RGB"):
             image = Image.alpha_composite(white, image)
         return image.convert(mode), note
     except Image.DecompressionBombError:
-        reason = f"is too large, over {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        reason = f"is too large, over {MAX_PIXELS:,} pixels"
     except Image.UnidentifiedImageError:
         reason = "is no image that can be read" if data else "is empty"
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
@@ -767,7 +891,8 @@ def read_photo(path, at_least=None):
     """Decode a photo as a person sees it, EXIF rotation applied: (height, width, 3) uint8 RGB.
 
     With `at_least=pixels` a JPEG comes at the smallest of its scales 1, 1/2, 1/4, 1/8 that keeps
-    both sides that long. Raises Stop, naming the file and the reason, if it is no whole photo.
+    both sides that long, and one of over 90 million pixels at a half. Raises Stop, naming the file
+    and the reason, if it is no whole photo.
     """
     try:
         image, _ = decode(_read_bytes(Path(path)), at_least)
@@ -909,6 +1034,7 @@ def parse_options(words=None):
         help="what are copies: what looks the same, or the same bytes only (default: similar)",
     )
     add("--overwrite", action="store_true", help="replace the split that is in DIR")
+    add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
     add("--link", action="store_true", help="make hard links instead of copies")
     options = parser.parse_args(words)
     for option, size in (("--val-size", options.val_size), ("--test-size", options.test_size)):

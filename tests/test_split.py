@@ -185,7 +185,8 @@ def test_split_csv_tells_for_every_file_where_it_went_and_why(tmp_path):
     for name in ("a", "b", "c", "d"):
         shutil.copy(source / "daisy/photo_002.jpg", source / f"rose/{name}.jpg")
     rows = split(source, tmp_path / "out")
-    assert list(rows[0]) == ["source", "class", "split", "sha256", "group", "note"]
+    columns = ["source", "class", "split", "sha256", "group", "reason", "note"]
+    assert list(rows[0]) == columns
     assert [row["source"] for row in rows] == [
         "flickr.py",
         *(f"daisy/photo_00{k}.jpg" for k in range(9)),
@@ -206,7 +207,7 @@ def test_split_csv_tells_for_every_file_where_it_went_and_why(tmp_path):
         ),
         **{f"rose/{k}.jpg": ("rose", "skipped", "1", daisy) for k in ("a", "b", "c", "d")},
         "rose/empty.jpg": ("rose", "skipped", "", "is empty"),
-        "rose/notes.txt": ("rose", "skipped", "", "is of type .txt, which Keras does not read"),
+        "rose/notes.txt": ("rose", "skipped", "", "is of type .txt, which no photo has"),
     }
     for row in rows:
         copy = tmp_path / "out" / row["split"] / row["source"]
@@ -216,7 +217,8 @@ def test_split_csv_tells_for_every_file_where_it_went_and_why(tmp_path):
         else:
             is_copied = row["source"] in ("rose/photo_001.jpg", "rose/z.jpg")
             assert row["class"] == row["source"].partition("/")[0]
-            assert (row["group"], row["note"]) == ("2" if is_copied else "", "")
+            group = (row["group"], row["reason"], row["note"])
+            assert group == (("2", "copies", "") if is_copied else ("", "", ""))
             assert hashlib.sha256(copy.read_bytes()).hexdigest() == row["sha256"]
     assert not expected
     moved = {row["source"] for row in rows if row["split"] != "skipped"}
@@ -387,13 +389,26 @@ def test_copies_are_no_chain_of_pictures_of_which_each_resembles_the_next(tmp_pa
     assert "skipped" not in where(rows).values()
 
 
+def test_a_group_is_one_picture_and_all_that_resemble_that_one():
+    # 0-1-2-3-4 is a chain, 5 to 9 hang on 7, and 10 is alone.
+    pairs = [(1, 0), (1, 2), (2, 3), (3, 4), (5, 7), (6, 7), (7, 8), (7, 9)]
+    groups = sorted(map(tuple, split_script.star_groups(11, pairs)))
+    assert groups == [(0, 1, 2), (3, 4), (5, 6, 7, 8, 9), (10,)]
+    # The one with the most pairs comes first, not the first one.
+    assert sorted(map(tuple, split_script.star_groups(5, [(0, 1), (1, 2), (1, 3)]))) == [
+        (0, 1, 2, 3),
+        (4,),
+    ]
+
+
 def test_only_identical_files_are_copies_if_asked_for(tmp_path):
     source = make_source(tmp_path / "photos", daisy=8, rose=0)
     for index in range(9):
         picture(1).save(source / f"rose/{index}.jpg", quality=70 + index)
     shutil.copy(source / "rose/0.jpg", source / "rose/again.jpg")
     message = refused(source, tmp_path / "out")
-    assert "--copies identical" in message and "10 photos" in message and "only 1" in message
+    assert "--copies identical" in message and "10 photos" in message
+    assert "only 1 group" in message and "2 more" in message
     rows = split(source, tmp_path / "out", "--copies", "identical")
     assert list(groups_of(rows).values()) == [{"rose/0.jpg", "rose/again.jpg"}]
     assert counts_of(rows, "rose") == [8, 1, 1]
@@ -450,13 +465,10 @@ BAD_FILES = {
     ".hidden.jpg": (write_jpeg, "hidden"),
     "broken link.jpg": (lambda path: path.symlink_to("nowhere.jpg"), "broken link"),
     "circle.jpg": (lambda path: path.symlink_to(path), "broken link"),
-    "circle": (lambda path: path.symlink_to(path), "not"),
-    ".ipynb_checkpoints": (
-        lambda path: shutil.copytree(path.parent.parent / "daisy", path),
-        "hidd",
-    ),
+    "circle": (lambda path: path.symlink_to(path), "broken link"),
+    "link to a folder": (lambda path: path.symlink_to(path.parent), "is a folder"),
+    ".ipynb_checkpoints": (lambda path: shutil.copytree(path.parent.parent / "daisy", path), "hid"),
     "__MACOSX": (lambda path: shutil.copytree(path.parent.parent / "daisy", path), "hidden"),
-    "folder.jpg": (lambda path: path.mkdir(), "folder"),
     "fifo.jpg": (lambda path: os.mkfifo(path), "not a photo"),
     "giant.ppm": (giant, "too large"),
 }
@@ -520,6 +532,7 @@ def test_any_name_that_the_file_system_holds_is_carried_over(tmp_path, settings)
         except OSError:
             continue  # this file system cannot hold it
     (source / "rose" / "empty\n花.jpg").touch()
+    giant(source / "rose" / "giant.ppm")  # of which Pillow has more to say than the table
     started = process(source, tmp_path / "out", env={**os.environ, **settings})
     printed, messages = started.communicate(timeout=60)
     assert (started.returncode, messages) == (0, "")
@@ -624,6 +637,7 @@ def test_a_class_too_small_for_three_splits_is_named_with_the_number_it_needs(tm
     source = make_source(tmp_path / "photos", daisy=8, rose=6)
     message = refused(source, tmp_path / "out")
     assert "class rose: has 6 " in message and "need 7" in message  # int(0.15 × 7), int(0.2 × 6)
+    assert "1 more" in message
     assert "copies" not in message
     picture(5).save(source / "rose" / "seventh.jpg")
     assert counts_of(split(source, tmp_path / "out"), "rose") == [5, 1, 1]
@@ -646,8 +660,9 @@ def test_an_output_in_the_source_and_a_source_in_the_output_are_refused(tmp_path
     split(source, tmp_path / "out")
     message = refused(tmp_path / "out" / "train", tmp_path / "out", "--overwrite")
     assert "part of the split" in message
-    inner = refused(tmp_path / "out", tmp_path / "out" / "train" / "deep", "--overwrite")
-    assert str(tmp_path / "out") in inner
+    (source / "tulip").symlink_to(tmp_path / "out" / "train" / "daisy")
+    message = refused(source, tmp_path / "out", "--overwrite")
+    assert message.startswith(f"{source / 'tulip'}: is itself part of the split")
 
 
 def test_a_second_run_is_refused_unless_overwrite_replaces_the_split_as_a_whole(tmp_path):
@@ -1021,8 +1036,9 @@ def test_a_run_survives_streams_that_are_closed_or_full(whole, tmp_path, closed)
     words = (sys.executable, "-OO", SCRIPT, source, "--output", tmp_path / "new")
     # The reader of a pipe may leave before or after the last line is written.
     command = ["bash", "-c", f"{pasteable(*words)} {closed}; exit ${{PIPESTATUS[0]}}"]
-    code = subprocess.run(command, stderr=subprocess.DEVNULL).returncode
-    assert code in {"> /dev/full": {1}, "| true": {0, 1}}.get(closed, {0})
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode in {"> /dev/full": {1}, "| true": {0, 1}}.get(closed, {0})
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     # Nothing that was printed has gone into a photo.
     assert below_the_splits(tmp_path / "new") == tree(source)
     if closed != "| true":
