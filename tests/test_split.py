@@ -429,6 +429,104 @@ def test_the_bucket_search_finds_exactly_the_pairs_that_a_search_of_all_pairs_fi
     assert len(every) == 105  # 15 each at distance 0 to 6
 
 
+def test_no_folder_inside_a_class_and_no_pair_of_copies_is_ever_in_two_splits(tmp_path):
+    """Random sets of patients and copies; the oracle looks at every pair of photos."""
+    rng = np.random.default_rng(0)
+    for trial in range(4):
+        source = make_source(tmp_path / f"photos {trial}", daisy=14, rose=14)
+        for name in ("daisy", "rose"):
+            photos = sorted((source / name).iterdir())
+            for patient in range(int(rng.integers(1, 5))):
+                folder = source / name / f"patient{patient}" / "visit"
+                folder.mkdir(parents=True)
+                for path in rng.choice(photos, int(rng.integers(1, 4)), replace=False):
+                    # A photo of another patient, or one that lies beside the patients' folders.
+                    shutil.copy(path, folder / path.name)
+        rows = split(source, tmp_path / f"out {trial}", "--seed", trial)
+        assert "skipped" not in where(rows).values()
+        for one, other in itertools.combinations(rows, 2):
+            patients = [row["source"].split("/")[:2] for row in (one, other)]
+            in_one_folder = patients[0] == patients[1] and one["source"].count("/") > 1
+            if in_one_folder or one["sha256"] == other["sha256"]:
+                assert one["split"] == other["split"]
+                assert one["group"] == other["group"] != ""
+        assert below_the_splits(tmp_path / f"out {trial}") == tree(source)
+
+
+def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
+    source = make_source(tmp_path / "photos", daisy=9, rose=9)
+    for patient, names in {"p0": ("a.jpg", "b.jpg"), "p1": ("c.jpg",)}.items():
+        (source / "daisy" / patient).mkdir()
+        for name in names:
+            picture(ord(name[0])).save(source / "daisy" / patient / name)
+    shutil.copy(source / "daisy/photo_000.jpg", source / "daisy/p0/copy.jpg")
+    shutil.copy(source / "daisy/photo_001.jpg", source / "daisy/z.jpg")
+    rows = {row["source"]: row for row in split(source, tmp_path / "out")}
+    reasons = {path: (row["group"], row["reason"]) for path, row in rows.items() if row["group"]}
+    assert reasons == {
+        "daisy/p0/a.jpg": ("1", "folder"),
+        "daisy/p0/b.jpg": ("1", "folder"),
+        "daisy/p0/copy.jpg": ("1", "folder and copies"),
+        "daisy/photo_000.jpg": ("1", "copies"),
+        "daisy/photo_001.jpg": ("2", "copies"),
+        "daisy/z.jpg": ("2", "copies"),
+    }
+    kept = tmp_path / "out" / rows["daisy/p0/a.jpg"]["split"] / "daisy/p0/a.jpg"
+    assert kept.read_bytes() == (source / "daisy/p0/a.jpg").read_bytes()
+    assert not [
+        path for path in (tmp_path / "out").rglob("*") if path.is_dir() and not any(path.iterdir())
+    ]
+
+
+# ---- A split that others made --------------------------------------------------------------------
+
+
+def check(source, capsys):
+    """Exit code and lines of a check; it must not change a thing."""
+    before = tree(source)
+    try:
+        split_script.main(split_script.parse_options(["--check", str(source)]))
+        code = 0
+    except Stop as stop:
+        code = stop.exit_code
+        assert str(stop).startswith(f"{source}: ")
+    assert tree(source) == before
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_check_names_what_lies_in_several_parts_or_classes_of_a_split_that_others_made(
+    tmp_path, capsys
+):
+    data = tmp_path / "data"
+    split(make_source(tmp_path / "photos", daisy=12, rose=12), data)
+    capsys.readouterr()
+    assert check(data, capsys) == (0, ["In several parts: 0", "In several classes: 0"])
+    for old, new in {"train": "seen", "test": "Unseen photos"}.items():
+        (data / old).rename(data / new)
+    (data / "seen/daisy/patient").mkdir()
+    Image.new("RGB", (9, 9)).save(data / "seen/daisy/patient/a.jpg")
+    picture(1, (200, 150)).save(data / "seen/daisy/large.jpg")
+    picture(1, (200, 150)).resize((100, 75)).save(data / "Unseen photos/daisy/small.png")
+    picture(2).save(data / "validation/rose/one.png")
+    picture(2).save(data / "validation/daisy/other.png")
+    (data / "seen/rose/empty.jpg").touch()
+    code, lines = check(data, capsys)
+    assert code == 1
+    assert lines == [
+        "In several parts: 1",
+        "  Unseen photos/daisy/small.png = seen/daisy/large.jpg",
+        "In several classes: 1",
+        "  validation/daisy/other.png = validation/rose/one.png",
+        "Not looked at: seen/rose/empty.jpg: is empty",
+    ]
+
+
+def test_check_refuses_what_is_not_split(tmp_path):
+    source = make_source(tmp_path / "photos", daisy=8, rose=8)
+    assert "is not split" in refused(source, tmp_path / "out", "--check")
+    assert "No such file" in refused(tmp_path / "missing", tmp_path / "out", "--check")
+
+
 # ---- Bad files -----------------------------------------------------------------------------------
 
 
@@ -792,6 +890,28 @@ def test_a_run_killed_between_its_moves_never_shows_a_mix_and_the_next_finishes_
     assert after == (before if step == 1 else new)  # the first move is the one that counts
 
 
+@posix_only
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 9])
+def test_ctrl_c_between_the_moves_leaves_one_whole_split_and_nothing_hidden(
+    whole, two_splits, step
+):
+    source, output, before = whole
+    new = tree(two_splits / "other")
+    interrupt = f"""
+        global moves
+        if event == "os.rename" and os.path.basename(arguments[1]) in {RESULTS}:
+            moves = globals().get("moves", 0) + 1
+            if moves == {step}:
+                os.kill(os.getpid(), signal.SIGINT)
+    """
+    started = process(source, output, "--overwrite", "--seed=1", on_event=interrupt)
+    assert finish(started) == (130, "Stopped by Ctrl-C.\n")
+    assert {path.name for path in output.iterdir()} == RESULTS
+    after = tree(output)
+    del after["split.csv"], before["split.csv"], new["split.csv"]
+    assert after in (before, new) if step == 1 else after == new
+
+
 # ---- What both scripts share ---------------------------------------------------------------------
 
 
@@ -814,6 +934,33 @@ def test_every_mode_is_read_as_rgb(tmp_path):
         photo = read_photo(tmp_path / name)
         assert (photo.shape, photo.dtype) == ((10, 20, 3), np.uint8), name
         assert np.abs(photo.astype(int) - colour).max() <= 6, name
+
+
+@pytest.mark.parametrize("suffix", ["webp", "avif", "jfif", "gif", "jp2", "qoi", "tga", "ppm"])
+def test_photos_of_all_types_that_phones_and_the_web_save_are_split_and_read(tmp_path, suffix):
+    source = make_source(tmp_path / "photos", daisy=8, rose=8)
+    path = source / "rose" / f"photo.{suffix.upper()}"
+    frames = [picture(5), picture(6)] if suffix == "gif" else [picture(5)]
+    kind = {"jfif": "JPEG"}.get(suffix)
+    more = {"save_all": True, "append_images": frames[1:]} if suffix == "gif" else {}
+    frames[0].save(path, kind, **more)
+    read = read_photo(path).astype(int)
+    assert np.abs(read - np.array(frames[0])).mean() < 8  # the first frame, but for lossy pixels
+    assert where(split(source, tmp_path / "out"))[f"rose/{path.name}"] in SPLITS
+
+
+def test_a_jpeg_of_108_million_pixels_is_taken_and_another_type_of_as_many_is_not(tmp_path):
+    source = make_source(tmp_path / "photos", daisy=8, rose=8)
+    large = Image.new("L", (12_000, 9_000), 40)
+    large.paste(200, (0, 0, 6_000, 9_000))
+    large.save(source / "rose" / "large.jpg", quality=30)
+    (source / "rose" / "large.ppm").write_bytes(b"P5 12000 9000 255\n" + bytes(300))
+    rows = {row["source"]: row for row in split(source, tmp_path / "out")}
+    assert rows["rose/large.jpg"]["split"] in SPLITS
+    assert rows["rose/large.ppm"]["note"] == "is too large, over 90,000,000 pixels"
+    photo = read_photo(source / "rose" / "large.jpg")  # at half its scale, as it would not fit
+    assert photo.shape == (4_500, 6_000, 3)
+    assert abs(photo[:, :2900].mean() - 200) < 2 and abs(photo[:, 3100:].mean() - 40) < 2
 
 
 def test_a_grey_picture_of_more_than_8_bits_is_scaled_by_its_brightest_pixel(tmp_path):
