@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 from PIL import Image
@@ -120,6 +121,7 @@ class Page:
         self.command("Page.navigate", url=url)
         while self.loads == loads:
             self.read_message()
+        self.command("Page.resetNavigationHistory")  # which holds 50 steps at most
 
     def click(self, element):
         """Click on the middle of what a JavaScript expression or a selector names."""
@@ -170,8 +172,15 @@ class Page:
         """Wait until the page knows of what was done: a change of the address is told later."""
         self.eval("new Promise((done) => setTimeout(() => setTimeout(done, 5)))")
 
+    def wait(self, condition):
+        """Wait until a JavaScript expression is true."""
+        start = time.monotonic()
+        while not self.eval(condition):
+            assert time.monotonic() < start + SECONDS, condition
+            time.sleep(0.01)
+
     def text(self, element):
-        """The text of an element as it is seen: nothing where it is hidden."""
+        """The text of an element, without parts of it that are hidden."""
         return self.eval(f"{expression(element)}.innerText")
 
     def texts(self, selector):
@@ -180,9 +189,7 @@ class Page:
 
     def each(self, selector, what):
         """A property of all elements that a selector finds."""
-        return self.eval(
-            f"[...document.querySelectorAll({json.dumps(selector)})].map((it) => it.{what})"
-        )
+        return self.eval(f"{all_of(selector)}.map((it) => it.{what})")
 
     def box(self, element):
         """Left, top, width and height within the window, in CSS pixels."""
@@ -191,26 +198,23 @@ class Page:
 
     def boxes(self, elements):
         """The box of each element of a selector or of a JavaScript array."""
-        if not elements.startswith("["):
-            elements = f"[...document.querySelectorAll({json.dumps(elements)})]"
         return self.eval(
-            f"{elements}.map((it) => it.getBoundingClientRect())"
+            f"{all_of(elements)}.map((it) => it.getBoundingClientRect())"
             ".map(({ x, y, width, height }) => [x, y, width, height])"
         )
 
-    def colours(self, elements):
-        """The colour in the middle of each element, as it is seen."""
+    def colours(self, elements, down=0.5, across=0.5):
+        """The colour of each element as it is seen, in its middle or at shares of its sides."""
         self.settle()
+        self.eval(f"{all_of(elements)}[0]?.scrollIntoView({{ block: 'center' }})")
         boxes = np.reshape(self.boxes(elements), (-1, 4))
         if not len(boxes):
             return []
         scrolled = np.array(self.eval("[scrollX, scrollY]"))
-        middles = (boxes[:, :2] + boxes[:, 2:] / 2).astype(int)
-        left, top = middles.min(0)
-        picture = self.picture(
-            scrolled + np.array([left, top]), middles.max(0) + 1 - middles.min(0)
-        )
-        return [tuple(picture[y - top, x - left].tolist()) for x, y in middles]
+        places = (boxes[:, :2] + boxes[:, 2:] * (across, down)).astype(int)
+        left, top = places.min(0)
+        picture = self.picture(scrolled + np.array([left, top]), places.max(0) + 1 - places.min(0))
+        return [tuple(picture[y - top, x - left].tolist()) for x, y in places]
 
     def picture(self, start, size):
         """The (h, w, 3) uint8 pixels of a part of the page, which must be in sight."""
@@ -236,3 +240,10 @@ def expression(element):
     if element.startswith(("document", "$(")):
         return element
     return f"document.querySelector({json.dumps(element)})"
+
+
+def all_of(elements):
+    """A selector as the JavaScript array of its elements; an array stays as it is."""
+    if elements.startswith("["):
+        return elements
+    return f"[...document.querySelectorAll({json.dumps(elements)})]"

@@ -18,6 +18,7 @@ from PIL import Image
 PAGE = Path(__file__).parents[1] / "Images" / "index.html"
 CLASSES = ["daisy", "rose", "tulip"]
 CHROMIUM = find_chromium()
+WINDOW = 1280, 1000
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
@@ -62,7 +63,7 @@ PHOTOS = [
     ("rose/a.jpg", 1, [[1, 0.91], [0, 0.06], [2, 0.03]], 0.9, 1.5),
     ("daisy/b.jpg", 0, [[1, 0.8], [0, 0.15], [2, 0.05]], -0.8, 1),
     ("daisy/c.jpg", 0, [[1, 0.6], [2, 0.3], [0, 0.1]], -0.6, 1),
-    ("rose/d.jpg", 1, [[0, 0.7], [1, 0.2], [2, 0.1]], -0.7, 0.5),
+    ("rose/d.jpg", 1, [[0, 0.696], [1, 0.208], [2, 0.096]], -0.7, 0.5),
     ("own.jpg", None, [[2, 0.95], [1, 0.04], [0, 0.01]], 0.95, 1),
     ("tulip/e.jpg", 2, [[2, 0.55], [0, 0.3], [1, 0.15]], 0.55, 1),
     ("tulip/f.jpg", 2, [[2, 0.995], [1, 0.005], [0, 0.0]], 0.995, 1),
@@ -100,7 +101,7 @@ COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
 def said(name, true_index, probabilities):
     """A sentence as the training script writes it."""
     (best, share), *_ = probabilities
-    text = f"It says {CLASSES[best]}, {share:.0%}"
+    text = f"It says {CLASSES[best]}, {round(100 * share)} %"
     if true_index is None:
         return text
     return f"{text}, and is right" if best == true_index else f"{text}; it is {CLASSES[true_index]}"
@@ -201,7 +202,7 @@ def write_script(folder, run):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     page = Page(CHROMIUM, tmp_path_factory.mktemp("profile"))
-    page.resize(1280, 1600)
+    page.resize(*WINDOW)
     yield page
     page.close()
 
@@ -358,7 +359,7 @@ def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
         _, _, width, height = page.box("#photo .frame")
         assert width / height == pytest.approx(ratio, rel=0.01)
         assert name in page.text("#verdict")
-        assert said(*PHOTOS[number][:3]) in page.text("#verdict").replace("\xa0%", "%")
+        assert said(*PHOTOS[number][:3]) in page.text("#verdict").replace("\xa0", " ")
         assert ("✕" in page.text("#verdict")) == (number == 3)
         bars = [bar.split() for bar in page.texts("#bars .bar")]
         assert [bar[0] for bar in bars] == [CLASSES[k] for k, _ in probabilities]
@@ -493,8 +494,10 @@ def test_a_filter_is_shown_beside_what_fires_it(visit, k):
     assert "conv_5" in figures[0]
     assert "rose/a.jpg" in figures[1] and f": {PEAKS[0][k]:g} " in figures[1]
     assert f" {PATCHES[k][0][3]:g}," in figures[2]
-    (colour,) = page.colours("#parts figure:nth-child(1) .tile")
-    assert near(colour, tile_colour(4, k))
+    # The whole tile, and nothing of what lies around it.
+    for down, across in ((0.5, 0.5), (0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.97, 0.97)):
+        (colour,) = page.colours("#parts figure:nth-child(1) .tile", down, across)
+        assert near(colour, tile_colour(4, k))
     # Its activation, added to the photo as light: where the field's positions look.
     left, top, width, height = page.box("#parts figure:nth-child(2) .frame")
     x, y, w, h = page.box("#parts figure:nth-child(2) .tile + .tile")
@@ -630,18 +633,28 @@ def test_an_address_opens_what_it_names_and_says_so_again(visit):
     assert address(page) == chosen | {"section": "photos"}
 
 
-UNKNOWN = "photo=99 photo=x class=lily block=mixed9 order=name true=0 result=perhaps filter=5.9"
+UNKNOWN = [
+    "photo=99 class=lily block=mixed9 order=name true=0 result=perhaps filter=5.9 x=1",
+    "photo=x filter=8.0 channel=x section=x layers=5 after=no",
+]
 
 
-@pytest.mark.parametrize(
-    "unknown", [*UNKNOWN.split(), "filter=8.0", "filter=x", "section=x", "x=1"]
-)
+@pytest.mark.parametrize("unknown", UNKNOWN)
 def test_unknown_values_of_an_address_fall_back_with_a_word(visit, unknown):
-    page = visit(f"{unknown}&predicted=rose")
-    assert unknown in page.text("#word") and "rose" not in page.text("#word")
+    asked = "&".join([*unknown.split(), "predicted=rose"])
+    page = visit(asked)
+    assert all(one in page.text("#word") for one in unknown.split())
+    assert "rose" not in page.text("#word")
     assert listed(page) == names([1, 2, 0]) and shown(page) == PHOTOS[1][0]
-    assert page.eval("location.hash") == f"#{unknown}&predicted=rose"
+    assert page.eval("location.hash") == f"#{asked}"
     assert not page.eval("$('dialog').open")
+
+
+def test_a_class_without_a_heatmap_falls_back_with_a_word(visit):
+    page = visit("photo=0&class=tulip")
+    assert "no heatmap for tulip" in page.text("#word") and "for rose" in page.text("#word")
+    assert "rose: 2.5 at row 2" in page.text("#value")
+    assert page.texts("#bars .bar")[2].split()[:3] == ["tulip", "(no", "heatmap)"]
 
 
 def test_arrow_keys_go_through_a_group_and_tab_leaves_it(visit):
@@ -722,3 +735,270 @@ def test_names_are_shown_as_they_are(visit):
     page.click("document.querySelectorAll('#bars input')[1]")
     assert address(page)["class"] == HOSTILE[0]
     assert page.each("#pictures figcaption", "textContent") == [HOSTILE[1]]
+
+
+# ---- History -------------------------------------------------------------------------------------
+
+
+def go(page, steps):
+    """Go back or forward in the history, and wait until the page knows of it."""
+    page.eval(
+        "new Promise((done) => { addEventListener('popstate', () => setTimeout(done),"
+        f"{{ once: true }}); history.go({steps}); }})"
+    )
+
+
+def test_back_steps_between_sections_and_not_through_each_arrow_key(visit):
+    page = visit("photo=5")
+    start = page.eval("history.length")
+    page.click("#thumbnails [aria-label^='daisy/b.jpg']")
+    for _ in range(3):
+        page.press("ArrowRight")
+    assert shown(page) == PHOTOS[7][0] and page.eval("history.length") == start
+    page.click("#confusion tr:nth-child(3) td:nth-child(2) a")
+    assert shown(page) == PHOTOS[3][0] and listed(page) == names([3])
+    assert page.eval("history.length") == start + 1
+    page.click("nav [href='#evaluation']")
+    page.click("#confusion tr:nth-child(2) td:nth-child(3) a")
+    assert page.eval("history.length") == start + 3 and listed(page) == names([1, 2])
+    assert page.eval("document.activeElement.closest('#thumbnails') !== null")
+    go(page, -1)
+    assert listed(page) == names([3]) and address(page)["section"] == "evaluation"
+    assert page.eval("document.activeElement.ariaLabel") == "daisy predicted as rose: 2 photos"
+    go(page, -1)
+    assert address(page)["section"] == "photos" and shown(page) == PHOTOS[3][0]
+    go(page, -1)
+    assert shown(page) == PHOTOS[7][0] and len(listed(page)) == 8
+    assert page.eval("document.activeElement.ariaLabel") == "rose predicted as daisy: 1 photos"
+    go(page, 3)
+    assert listed(page) == names([1, 2])
+
+
+@pytest.mark.parametrize("close", ["Escape", "#close"])
+def test_back_does_not_reopen_a_closed_dialog(visit, close):
+    page = visit("photo=5&section=photos")
+    start = page.eval("history.length")
+    page.click("document.querySelectorAll('#filter a')[5]")
+    assert page.eval("$('dialog').open") and page.eval("history.length") == start + 1
+    page.click("#previous")
+    page.click("#next")
+    page.press(close) if close == "Escape" else page.click(close)
+    page.wait("!$('dialog').open && !location.hash.includes('filter=')")
+    assert address(page) == {"photo": "5", "section": "photos"}
+    assert page.eval("document.activeElement === document.querySelectorAll('#filter a')[5]")
+    go(page, 1)
+    assert page.eval("$('dialog').open")
+    go(page, -1)
+    assert not page.eval("$('dialog').open") and shown(page) == PHOTOS[5][0]
+
+
+def test_a_dialog_that_a_link_opened_closes_in_place(visit):
+    page = visit("photo=5&filter=5.1")
+    start = page.eval("history.length")
+    page.press("Escape")
+    assert page.eval("history.length") == start
+    assert not page.eval("$('dialog').open") and "filter" not in address(page)
+    assert address(page)["photo"] == "5"
+
+
+def test_sections_are_gone_to_with_all_that_is_chosen(visit):
+    page = visit("photo=5&true=tulip&after=yes")
+    for name in ("filters", "channels", "evaluation", "the-run", "photos"):
+        page.click(f"nav [href='#{name}']")
+        chosen = address(page)
+        assert chosen["section"] == name and chosen["after"] == "yes"
+        assert shown(page) == PHOTOS[5][0] and listed(page) == names([5, 6])
+    assert shown(visit("channels")) == PHOTOS[4][0]
+
+
+def many(run):
+    """A run of 120 photos, so that the list is scrolled."""
+    whole = run["photos"][5]
+    run["photos"] += [whole | {"number": number, "doubt": 1.0} for number in range(9, 120)]
+
+
+def test_a_link_opens_at_its_subject_with_its_thumbnail_in_sight(visit, browser):
+    browser.resize(390, 700)
+    try:
+        page = visit("photo=100", many)
+        _, list_top, _, list_height = page.box("#thumbnails")
+        _, top, _, height = page.box("#thumbnails [aria-current=true]")
+        assert 0 <= list_top <= top and top + height <= list_top + list_height + 1 <= 700
+        assert page.box("#photo")[1] < 700
+        page = visit("section=filters&photo=100", many)
+        assert 0 <= page.box("#filters")[1] < 50
+        page = visit("channels", many)
+        assert 0 <= page.box("#channels")[1] < 700
+    finally:
+        browser.resize(*WINDOW)
+
+
+def test_titles_name_what_is_shown(visit):
+    page = visit("photo=3")
+    assert page.eval("document.title").startswith("rose/d.jpg")
+    page.click("#thumbnails [aria-label^='daisy/b.jpg']")
+    assert page.eval("document.title").startswith("daisy/b.jpg")
+    page.click("document.querySelectorAll('#filter a')[4]")
+    title = page.eval("document.title")
+    assert title.startswith("Convolution 7, filter 0") and "daisy/b.jpg" in title
+
+
+# ---- The list ------------------------------------------------------------------------------------
+
+
+def test_the_photo_shown_is_one_of_the_list_with_its_own_class(visit):
+    page = visit("photo=0&class=daisy")
+    page.choose("#true", "daisy")
+    assert shown(page) == PHOTOS[1][0] and address(page)["class"] == "rose"
+    assert page.eval("document.querySelector('#bars :checked').value") == "rose"
+    page.choose("#predicted", "daisy")
+    assert shown(page) == PHOTOS[7][0] and address(page)["class"] == "daisy"
+    page.choose("#predicted", "tulip")
+    assert listed(page) == [] and not page.eval("$('viewer').checkVisibility()")
+    page.choose("#true", "")
+    assert shown(page) == PHOTOS[4][0] and page.eval("$('viewer').checkVisibility()")
+
+
+def test_a_photo_that_is_asked_for_is_in_the_list(visit):
+    page = visit("photo=6&true=daisy")
+    assert shown(page) == PHOTOS[6][0] and len(listed(page)) == 8
+    assert PHOTOS[6][0] in page.text("#word") and page.eval("$('true').value") == ""
+    page = visit("photo=8")
+    assert shown(page) == PHOTOS[8][0]
+    page.choose("#bars input:nth-child(1)", "daisy")
+    assert shown(page) == PHOTOS[8][0]
+
+
+@pytest.mark.parametrize(("result", "expected"), [("right", [7, 5, 0, 6]), ("wrong", [1, 3, 2])])
+def test_right_and_wrong_predictions_are_told_apart(visit, result, expected):
+    page = visit()
+    page.choose("#result", result)
+    assert listed(page) == names(expected) and address(page)["result"] == result
+
+
+def test_a_filtered_list_says_so_and_can_be_widened(visit):
+    page = visit()
+    assert page.text("#count") == "8 of 9 photos"
+    assert not page.eval("$('show-all').checkVisibility()")
+    page.choose("#true", "daisy")
+    page.choose("#predicted", "rose")
+    page.choose("#result", "wrong")
+    words = page.text("#count")
+    assert words.startswith("Only 2 of 9 photos")
+    assert all(word in words for word in ("true class daisy", "predicted class rose", "wrong"))
+    page.choose("#order", "confidence")
+    page.click("#show-all")
+    assert page.text("#count") == "8 of 9 photos"
+    assert page.eval("$('order').value") == "confidence" and shown(page) == PHOTOS[1][0]
+
+
+def test_zeros_of_the_confusion_matrix_lead_nowhere(visit):
+    page = visit()
+    counts = sorted(count for row in COUNTS for count in row if count)
+    assert sorted(map(int, page.texts("#confusion a"))) == counts
+    page.eval("document.querySelector('#confusion tr:nth-child(4) a').focus()")
+    page.press("ArrowUp")
+    assert page.eval("document.activeElement.ariaLabel") == "rose predicted as rose: 1 photos"
+    page.press("ArrowLeft")
+    page.press("ArrowLeft")
+    assert page.eval("document.activeElement.ariaLabel") == "daisy predicted as rose: 2 photos"
+
+
+def test_the_names_of_the_list_are_copied(visit):
+    page = visit("predicted=rose")
+    page.command("Browser.setPermission", permission={"name": "clipboard-write"}, setting="granted")
+    page.command("Browser.setPermission", permission={"name": "clipboard-read"}, setting="granted")
+    page.click("#copy")
+    page.wait("$('word').textContent !== ''")
+    assert page.eval("navigator.clipboard.readText()") == "\n".join(names([1, 2, 0]))
+    assert "3 file names" in page.text("#word")
+
+
+def test_names_that_cannot_be_copied_are_marked(visit):
+    page = visit("predicted=rose")
+    page.command("Browser.setPermission", permission={"name": "clipboard-write"}, setting="denied")
+    page.click("#copy")
+    page.wait("$('word').textContent !== ''")
+    assert page.eval("getSelection().toString()") == "\n".join(names([1, 2, 0]))
+
+
+# ---- What is pointed at --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "output", "told"),
+    [
+        ("#positions [role=img]:nth-child(6)", "#value", "rose: 2 at row 2, column 3 of coarse"),
+        ("#thumbnails a:nth-child(2) .tile", "#thumbnail", "daisy/b.jpg: It says rose, 80\xa0%"),
+        ("#filter .panel .tile", "#filter-5-told", "filter 0 of convolution 5: fires by up to 9.5"),
+        ("#channel .panel .tile", "#channel-1-told", "channel 0 of convolution 1, conv_1"),
+        ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", "tulip predicted as daisy: 0"),
+    ],
+)
+def test_a_value_is_told_while_it_is_pointed_at_and_no_longer(visit, part, output, told):
+    page = visit("photo=0&patterns=5")
+    before = page.text(output)
+    assert not before.startswith(told)
+    page.point(part)
+    assert page.text(output).startswith(told)
+    page.point("h1")
+    assert page.text(output) == before
+    if "span" not in part:
+        page.eval(f"document.querySelector({part!r}).closest('[tabindex]').focus()")
+        assert page.text(output).startswith(told)
+        page.eval("document.activeElement.blur()")
+        assert page.text(output) == before
+
+
+def test_patches_tell_their_place_counted_from_one(visit):
+    page = visit("filter=5.0")
+    for k, (number, row, column, activation) in enumerate(PATCHES[0], start=1):
+        page.point(f"#parts .sheet a:nth-child({k})")
+        place = f"at row {row + 1}, column {column + 1} of activation_5"
+        assert page.text("#part") == f"{PHOTOS[number][0]}: {activation:g} {place}"
+    page.point("#title")
+    assert page.text("#part").strip() == ""
+
+
+def test_a_patch_shows_its_photo_beside_the_filter(visit):
+    page = visit("photo=3&filter=5.0")
+    page.click("#parts .sheet a:nth-child(1)")
+    assert page.eval("$('dialog').open") and address(page)["photo"] == "6"
+    assert "tulip/f.jpg" in page.texts("#parts figcaption")[1]
+    photo = page.box("#parts figure:nth-child(2) .tile")
+    seen = page.box("#parts .seen")
+    place = [(seen[0] - photo[0]) / photo[2], (seen[1] - photo[1]) / photo[3]]
+    place += [seen[2] / photo[2], seen[3] / photo[3]]
+    assert place == pytest.approx(patch_place(6, *PATCHES[0][0][1:3]), abs=0.01)
+    page.click("#parts [href*='section=photos']")
+    assert not page.eval("$('dialog').open") and shown(page) == PHOTOS[6][0]
+    assert address(page)["section"] == "photos" and 0 <= page.box("#photos")[1] < 50
+
+
+# ---- Layout --------------------------------------------------------------------------------------
+
+
+def test_numbers_stand_in_one_line_and_pictures_keep_their_place(visit, browser):
+    browser.resize(390, 800)
+    try:
+        page = visit("photo=8")
+        assert {box[3] for box in page.boxes("#bars .number")} == {page.box("#bars .number")[3]}
+        assert len({round(box[3]) for box in page.boxes("#confusion td *")}) == 1
+        assert page.eval("document.documentElement.scrollWidth") == 390
+    finally:
+        browser.resize(*WINDOW)
+    # Their files are squares.
+    page = visit()
+    for picture, ratio in (("#strip", 1611 / 433), ("#curves img", 1311 / 511)):
+        _, _, width, height = page.box(picture)
+        assert width / height == pytest.approx(ratio, rel=0.01)
+
+
+def test_the_gallery_is_a_list_that_opens(visit):
+    page = visit()
+    visible = "document.querySelector('#pictures img').checkVisibility()"
+    assert not page.eval(visible)
+    page.click("#gallery > summary")
+    assert page.text("#pictures li") == "The first picture" and not page.eval(visible)
+    page.click("#pictures summary")
+    assert page.eval(visible)
