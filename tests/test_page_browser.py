@@ -654,7 +654,7 @@ def test_a_class_without_a_heatmap_falls_back_with_a_word(visit):
     page = visit("photo=0&class=tulip")
     assert "no heatmap for tulip" in page.text("#word") and "for rose" in page.text("#word")
     assert "rose: 2.5 at row 2" in page.text("#value")
-    assert page.texts("#bars .bar")[2].split()[:3] == ["tulip", "(no", "heatmap)"]
+    assert page.text("#without") == "There is no heatmap of this photo for tulip."
 
 
 def test_arrow_keys_go_through_a_group_and_tab_leaves_it(visit):
@@ -826,7 +826,7 @@ def test_a_link_opens_at_its_subject_with_its_thumbnail_in_sight(visit, browser)
         assert 0 <= list_top <= top and top + height <= list_top + list_height + 1 <= 700
         assert page.box("#photo")[1] < 700
         page = visit("section=filters&photo=100", many)
-        assert 0 <= page.box("#filters")[1] < 50
+        assert -1 < page.box("#filters")[1] < 50
         page = visit("channels", many)
         assert 0 <= page.box("#channels")[1] < 700
     finally:
@@ -972,7 +972,7 @@ def test_a_patch_shows_its_photo_beside_the_filter(visit):
     assert place == pytest.approx(patch_place(6, *PATCHES[0][0][1:3]), abs=0.01)
     page.click("#parts [href*='section=photos']")
     assert not page.eval("$('dialog').open") and shown(page) == PHOTOS[6][0]
-    assert address(page)["section"] == "photos" and 0 <= page.box("#photos")[1] < 50
+    assert address(page)["section"] == "photos" and -1 < page.box("#photos")[1] < 50
 
 
 # ---- Layout --------------------------------------------------------------------------------------
