@@ -143,10 +143,19 @@ class Page:
         self.command("Input.dispatchMouseEvent", type=kind, x=x, y=y, **facts)
 
     def press(self, key):
-        facts = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.hold(key)
+        self.release(key)
+
+    def hold(self, key, repeats=False):
         text = {"text": "\r"} if key == "Enter" else {}
-        self.command("Input.dispatchKeyEvent", type="keyDown", **facts, **text)
-        self.command("Input.dispatchKeyEvent", type="keyUp", **facts)
+        self.key("keyDown", key, autoRepeat=repeats, **text)
+
+    def release(self, key):
+        self.key("keyUp", key)
+
+    def key(self, kind, key, **facts):
+        names = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.command("Input.dispatchKeyEvent", type=kind, **names, **facts)
         self.settle()
 
     def choose(self, element, value):

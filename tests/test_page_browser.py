@@ -774,6 +774,18 @@ def test_back_steps_between_sections_and_not_through_each_arrow_key(visit):
     assert listed(page) == names([1, 2])
 
 
+def test_while_a_key_is_held_the_address_waits(visit):
+    page = visit("photo=4")
+    page.eval("document.querySelector('#thumbnails a').focus()")
+    page.hold("ArrowRight")
+    assert address(page)["photo"] == "1"
+    for _ in range(3):
+        page.hold("ArrowRight", repeats=True)
+    assert shown(page) == PHOTOS[7][0] and address(page)["photo"] == "1"
+    page.release("ArrowRight")
+    assert address(page)["photo"] == "7"
+
+
 @pytest.mark.parametrize("close", ["Escape", "#close"])
 def test_back_does_not_reopen_a_closed_dialog(visit, close):
     page = visit("photo=5&section=photos")
