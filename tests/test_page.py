@@ -1,7 +1,6 @@
 """What the page promises: data that it can read, heatmaps and patches in their places."""
 
 import base64
-import html
 import json
 import os
 import re
@@ -22,7 +21,6 @@ from create_train_val_test import printable
 HOSTILE = ['"rose"', "</script><b>", "$x$ & 'y'", "daisy\n\u2028\\u0041", "Gänseblümchen 菊"]
 NOT_UTF8 = os.fsdecode(b"tulipe \xe9")
 PAGE = study.PAGE.read_text("utf-8")
-README = study.PAGE.parents[1].joinpath("README.md").read_text("utf-8")
 
 
 def parsed(text):
@@ -356,31 +354,3 @@ def test_the_page_needs_nothing_from_elsewhere():
     assert re.findall(r'<script src="([^"]*)"', PAGE) == ["run.js"] and "<link" not in PAGE
     pictures = re.findall(r"<img [^>]*>", PAGE)
     assert pictures and all(re.search(r'alt="[^"]{10,}"', picture) for picture in pictures)
-
-
-def plain(text):
-    """A text without markup, in one line."""
-    return " ".join(html.unescape(re.sub(r"<[^>]*>|[`*_]", "", text)).split())
-
-
-@pytest.mark.parametrize("section", ["photos", "filters", "channels", "evaluation", "the-run"])
-def test_page_and_readme_tell_alike_how_to_read_a_section_and_what_people_get_wrong(section):
-    text = re.search(f'<section id="{section}">(.*?)</section>', PAGE, re.S)[1]
-    paragraphs = re.findall(r"<p><b>(.*?)</b>(.*?)(?=<p|<div)", text, re.S)
-    assert [title for title, _ in paragraphs] == ["How to read it.", "What people get wrong."]
-    for title, words in paragraphs:
-        assert len(words) > 40 and f"{title} {plain(words)}" in plain(README)
-
-
-def test_every_part_that_the_page_s_script_and_style_name_is_there():
-    there = re.findall(r'\bid="([\w-]+)"', PAGE)
-    assert len(there) == len(set(there))
-    assert set(re.findall(r'\$\("([\w-]+)"\)', PAGE)) <= set(there)
-    # The colours of a heatmap, which its canvas holds in grey.
-    assert re.findall(r"canvas \{[^}]*filter: url\(#(\w+)\)", PAGE) == ["colours"]
-
-
-def test_the_page_stays_short_enough_to_be_read():
-    lines = PAGE.splitlines()
-    assert len(lines) <= 300 and max(map(len, lines)) <= 110
-    assert len(re.findall("<section", PAGE)) == 5

@@ -1,0 +1,1016 @@
+"""The page's script, run in a real browser on a small run whose every value was set by hand.
+
+Each tile of each sheet has a colour of its own, so that a colour that is seen tells which photo,
+filter or channel is shown. Nothing here needs TensorFlow.
+"""
+
+import base64
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chromium import Page, find_chromium
+from PIL import Image
+
+PAGE = Path(__file__).parents[1] / "Images" / "index.html"
+CLASSES = ["daisy", "rose", "tulip"]
+CHROMIUM = find_chromium()
+WINDOW = 1280, 1000
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+# ---- A small run ---------------------------------------------------------------------------------
+
+
+def tile_colour(sheet, k):
+    """A colour for each tile of sheets 0, 1, …, each far from the others."""
+    n = 16 * sheet + k + 1
+    return (53 * n) % 200 + 40, (97 * n + 60) % 200 + 40, (151 * n + 20) % 200 + 40
+
+
+def write_sheet(folder, file, sheet, count, columns, tile=40, gap=0, border=0, title=0):
+    """Write a sheet of tiles in its own colours on white, and return how the page cuts it."""
+    pitch = tile + 2 * gap
+    rows = -(-count // columns)
+    width = 2 * border + columns * pitch
+    height = title + 2 * border + rows * pitch
+    pixels = np.full((height, width, 3), 255, "uint8")
+    left, top = border + gap, title + border + gap
+    for k in range(count):
+        y, x = top + k // columns * pitch, left + k % columns * pitch
+        pixels[y : y + tile, x : x + tile] = tile_colour(sheet, k)
+    Image.fromarray(pixels).save(folder / file)
+    place = {"left": left, "top": top, "tile": tile, "pitch": pitch, "columns": columns}
+    return {"file": file, "width": width, "height": height} | place
+
+
+def encoded(rows):
+    return base64.b64encode(np.array(rows, "uint8").tobytes()).decode()
+
+
+def heatmap(class_index, *layers):
+    """The entry of a class from its (peak, rows of bytes) at each layer."""
+    peaks, maps = zip(*layers, strict=True)
+    return {"class": class_index, "peaks": peaks, "maps": [encoded(rows) for rows in maps]}
+
+
+# What each says, most probable first. Photo 4 is the visitor's own; 8 only lends patches.
+PHOTOS = [
+    # name, true class, probabilities, doubt, width / height
+    ("rose/a.jpg", 1, [[1, 0.91], [0, 0.06], [2, 0.03]], 0.9, 1.5),
+    ("daisy/b.jpg", 0, [[1, 0.8], [0, 0.15], [2, 0.05]], -0.8, 1),
+    ("daisy/c.jpg", 0, [[1, 0.6], [2, 0.3], [0, 0.1]], -0.6, 1),
+    ("rose/d.jpg", 1, [[0, 0.696], [1, 0.208], [2, 0.096]], -0.7, 0.5),
+    ("own.jpg", None, [[2, 0.95], [1, 0.04], [0, 0.01]], 0.95, 1),
+    ("tulip/e.jpg", 2, [[2, 0.55], [0, 0.3], [1, 0.15]], 0.55, 1),
+    ("tulip/f.jpg", 2, [[2, 0.995], [1, 0.005], [0, 0.0]], 0.995, 1),
+    ("daisy/g.jpg", 0, [[0, 0.4], [1, 0.35], [2, 0.25]], 0.4, 1),
+    ("daisy/h.jpg", 0, [[0, 1.0], [1, 0.0], [2, 0.0]], 1.0, 2),
+]
+COUNTS = [[2, 2, 0], [1, 1, 0], [0, 0, 2]]
+LAYERS = [
+    {"layer": "fine", "positions": [3, 5], "start": [0.2, 0.1], "step": [0.25, 0.2]},
+    {"layer": "coarse", "positions": [2, 3], "start": [0.3, 0.25], "step": [0.5, 0.2]},
+]
+LAYERS = [layer | {"size": [0.5, 0.3]} for layer in LAYERS]
+ROSE = [[0, 51, 102], [153, 255, 204]]  # coarse, on photo 0, of 2.5; the finer one of 5
+DAISY = [[255, 0, 0], [0, 0, 51]]  # of 5
+FINE_ROSE = [[0, 0, 0, 0, 51], [0, 255, 0, 0, 0], [0, 0, 102, 0, 0]]
+FINE_DAISY = [[255, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+FIELD = {
+    "layer": "activation_5",
+    "positions": [4, 8],
+    "start": [0.14, 0.09],
+    "step": [0.24, 0.12],
+    "size": [0.4, 0.2],
+}
+# Of filters 0 to 3: photo, row, column, activation.
+PATCHES = [
+    [[6, 1, 3, 9.5], [0, 2, 4, 7.25], [8, 0, 7, 3.0]],
+    [[3, 3, 0, 4.0]],
+    [],
+    [[5, 1, 1, 2.0], [2, 2, 6, 1.5]],
+]
+PEAKS = [[6.5, 1.25, 0.0, 1.0], [2.0, 3.5, 0.0, 0.5]]  # of photos 0 and 1
+COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
+
+
+def said(name, true_index, probabilities):
+    """A sentence as the training script writes it."""
+    (best, share), *_ = probabilities
+    text = f"It says {CLASSES[best]}, {round(100 * share)} %"
+    if true_index is None:
+        return text
+    return f"{text}, and is right" if best == true_index else f"{text}; it is {CLASSES[true_index]}"
+
+
+def write_run(folder):
+    """Write the sheets of the run and return what run.js is to hold."""
+    thumbnails = write_sheet(folder, "photos.png", 0, 8, 3)
+    photo_sheets = [
+        write_sheet(folder, f"photos_{k + 1}.png", 1 + k, 4, 2, title=6 * k) for k in range(3)
+    ]
+    photos = []
+    for number, (name, true_index, probabilities, doubt, ratio) in enumerate(PHOTOS):
+        sheet, place = divmod(number, 4)
+        best = probabilities[0][0]
+        photos.append(
+            {
+                "number": number,
+                "sheet": sheet,
+                "place": place,
+                "ratio": ratio,
+                "listed": number < 8,
+                "name": name,
+                "verdict": said(name, true_index, probabilities),
+                "own": true_index is None,
+                "true": true_index,
+                "mistake": true_index not in (best, None),
+                "confidence": probabilities[0][1],
+                "doubt": doubt,
+                "probabilities": probabilities,
+                "heatmaps": [
+                    heatmap(best, (1.5, DAISY)),
+                    heatmap(probabilities[1][0], (0.75, ROSE)),
+                ],
+            }
+        )
+    rose = heatmap(1, (5.0, FINE_ROSE), (2.5, ROSE))
+    daisy = heatmap(0, (1.0, FINE_DAISY), (5.0, DAISY))
+    photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
+    nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
+    photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing], "worth": "A guess for daisy: 0.34."}
+    patterns = write_sheet(folder, "patterns.png", 4, 4, 3, gap=2, border=4, title=15)
+    patterns |= {"count": 4, "silent": [2], "layer": "conv_5", "caption": "What filters look for"}
+    filters = {"number": 5, "count": 9, "layer": "conv_5", "activation": "activation_5"}
+    filters |= {"channels": 4, "sheets": [patterns], "field": FIELD}
+    filters |= {
+        "maps": write_sheet(folder, "maps.png", 5, 8, 4),
+        "patches": PATCHES,
+        "peaks": PEAKS,
+    }
+    later = write_sheet(folder, "later.png", 6, 2, 2)
+    later |= {"count": 2, "silent": [], "layer": "conv_7", "caption": "What later filters look for"}
+    deeper = filters | {"number": 7, "sheets": [later], "patches": [[], []]}
+    before = write_sheet(folder, "before.png", 7, 5, 3, gap=1)
+    after = write_sheet(folder, "after.png", 8, 5, 3, gap=1)
+    pair = [
+        sheet | {"count": 5, "silent": silent, "layer": layer, "caption": f"{layer} for rose/a.jpg"}
+        for sheet, silent, layer in ((before, [], "conv_1"), (after, [3], "activation_1"))
+    ]
+    channels = {"number": 1, "count": 9, "layer": "conv_1", "activation": "activation_1"}
+    channels |= {"channels": 5, "sheets": pair}
+    for file in ("strip.jpg", "first.png", "training_curves.png"):
+        write_sheet(folder, file, 9, 1, 1)
+    return {
+        "format": 2,
+        "lead": ["It learnt 3 classes.", "It names 5 of 8 right."],
+        "warnings": ["⚠ Only 2 photos of a class."],
+        "command": "python model_training_and_visualization.py --epochs 2",
+        "settings": ["epochs: 2", "weights: none"],
+        "classes": CLASSES,
+        "test": [
+            ["true \\ predicted", *CLASSES, "recall"],
+            ["daisy", *COUNTS[0], "0.50"],
+            ["rose", *COUNTS[1], "0.51"],
+            ["tulip", *COUNTS[2], "1.00"],
+            ["precision", "0.67", "0.33", "0.99", ""],
+        ],
+        "photo_count": 9,
+        "photos": photos,
+        "thumbnails": thumbnails,
+        "photo_sheets": photo_sheets,
+        "colours": COLOURS,
+        "heatmap_layers": LAYERS,
+        "filters": [filters, deeper],
+        "channels": [channels],
+        "pictures": [
+            {"file": "first.png", "caption": "The first picture"},
+            {"file": "training_curves.png", "caption": "Loss of 2 epochs"},
+        ],
+    }
+
+
+def write_script(folder, run):
+    text = json.dumps(run).replace("<", "\\u003c")
+    (folder / "run.js").write_text(f"const run = {text};\n", "utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    page = Page(CHROMIUM, tmp_path_factory.mktemp("profile"))
+    page.resize(*WINDOW)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the page and the small run, and what its run.js holds."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copy(PAGE, folder)
+    run = write_run(folder)
+    write_script(folder, run)
+    return folder, run
+
+
+@pytest.fixture
+def visit(browser, site, tmp_path):
+    """Opens the small run's page at an address: visit("photo=3"). Its console must stay silent.
+
+    `change` alters a copy of the run first.
+    """
+    browser.problems.clear()
+
+    def open_page(address="", change=None):
+        if change is None:
+            browser.open(site[0] / "index.html", address)
+            return browser
+        run = copy.deepcopy(site[1])
+        change(run)
+        for path in site[0].iterdir():
+            shutil.copy(path, tmp_path)
+        write_script(tmp_path, run)
+        browser.open(tmp_path / "index.html", address)
+        return browser
+
+    yield open_page
+    assert browser.problems == []
+
+
+# ---- What is seen --------------------------------------------------------------------------------
+
+
+def listed(page):
+    """The names of the photos to choose from, in order."""
+    return [label.split(":")[0] for label in page.each("#thumbnails [role=img]", "ariaLabel")]
+
+
+def names(numbers):
+    return [PHOTOS[number][0] for number in numbers]
+
+
+def shown(page):
+    """The name of the photo on show."""
+    return page.text("#verdict").split(":")[0]
+
+
+def address(page):
+    return dict(page.eval("[...new URLSearchParams(location.hash.slice(1))]"))
+
+
+def near(colour, expected, tolerance=4):
+    return np.abs(np.subtract(colour, expected)).max() <= tolerance
+
+
+def photo_colour(number):
+    return tile_colour(1 + number // 4, number % 4)
+
+
+# ---- Choosing a photo ----------------------------------------------------------------------------
+
+
+def test_own_photos_come_first_then_the_most_doubtful(visit):
+    page = visit()
+    order = [4, 1, 3, 2, 7, 5, 0, 6]
+    assert listed(page) == names(order)
+    for colour, number in zip(page.colours("#thumbnails .tile"), order, strict=True):
+        assert near(colour, tile_colour(0, number))
+    assert "8 of 9 photos" in page.text("#count")
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("confidence", [4, 7, 5, 2, 3, 1, 0, 6]), ("true", [4, 1, 2, 7, 0, 3, 5, 6]), ("", None)],
+)
+def test_photos_stand_in_the_order_that_is_chosen(visit, order, expected):
+    page = visit()
+    page.choose("#order", order)
+    assert listed(page) == names(expected or [4, 1, 3, 2, 7, 5, 0, 6])
+    assert address(page).get("order", "") == order
+
+
+def test_mistakes_and_photos_with_all_blocks_are_marked(visit):
+    page = visit()
+    marks = page.eval(
+        "Object.fromEntries([...document.querySelectorAll('#thumbnails .tile')].map((it) =>"
+        "[it.ariaLabel.split(':')[0], ['before', 'after'].map((side) =>"
+        "getComputedStyle(it, '::' + side).content.replaceAll('\"', '')).join()]))"
+    )
+    starred, crossed = {0, 1}, {1, 2, 3}
+    for number in range(8):
+        star = "★" if number in starred else "none"
+        cross = "✕" if number in crossed else "none"
+        assert marks[PHOTOS[number][0]] == f"{star},{cross}"
+
+
+def test_classes_choose_the_photos_of_the_list(visit):
+    page = visit()
+    page.choose("#true", "daisy")
+    assert listed(page) == names([1, 2, 7])
+    page.choose("#predicted", "rose")
+    assert listed(page) == names([1, 2])
+    assert "2 of 9 photos" in page.text("#count")
+    page.choose("#true", "")
+    assert listed(page) == names([1, 2, 0])
+    assert page.each("#true option", "text") == ["any", *CLASSES]
+
+
+def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
+    page = visit()
+    rows = page.eval(
+        "[...document.querySelectorAll('#confusion tr')].map((row) =>"
+        "[...row.children].map((it) => it.innerText.trim()))"
+    )
+    assert rows[0] == ["true \\ predicted", *CLASSES, "recall"]
+    assert rows[-1] == ["precision", "0.67", "0.33", "0.99", ""]
+    assert [row[0] for row in rows[1:-1]] == CLASSES
+    assert [row[-1] for row in rows[1:-1]] == ["0.50", "0.51", "1.00"]
+    for true_index, counts in enumerate(COUNTS):
+        for predicted, count in enumerate(counts):
+            assert rows[true_index + 1][predicted + 1] == (str(count) if count else "·")
+            if not count:
+                continue
+            page.click(f"#confusion tr:nth-child({true_index + 2}) td:nth-child({predicted + 2}) a")
+            found = [
+                number
+                for number, (_, true, probabilities, *_) in enumerate(PHOTOS[:8])
+                if true == true_index and probabilities[0][0] == predicted
+            ]
+            assert sorted(listed(page)) == names(found)
+            assert shown(page) == listed(page)[0]
+    assert "crossed" not in page.each("#thumbnails .tile", "className")[0]
+
+
+# ---- A photo -------------------------------------------------------------------------------------
+
+
+def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
+    page = visit()
+    for number in (4, 3, 0):
+        name, _, probabilities, _, ratio = PHOTOS[number]
+        page.click(f"#thumbnails [aria-label^='{name}']")
+        page.choose("#viewer input[type=range]", "0")
+        (colour,) = page.colours("#photo .tile")
+        assert near(colour, photo_colour(number))
+        _, _, width, height = page.box("#photo .frame")
+        assert width / height == pytest.approx(ratio, rel=0.01)
+        assert name in page.text("#verdict")
+        assert said(*PHOTOS[number][:3]) in page.text("#verdict").replace("\xa0", " ")
+        assert ("✕" in page.text("#verdict")) == (number == 3)
+        bars = [bar.split() for bar in page.texts("#bars .bar")]
+        assert [bar[0] for bar in bars] == [CLASSES[k] for k, _ in probabilities]
+        assert [bar[-2:] for bar in bars] == [[str(round(100 * p)), "%"] for _, p in probabilities]
+        shares = page.each("#bars progress", "value")
+        assert shares == pytest.approx([share for _, share in probabilities])
+        current = page.each("#thumbnails [aria-current=true] .tile", "ariaLabel")
+        assert [label.split(":")[0] for label in current] == [name]
+        assert address(page)["photo"] == str(number)
+    assert page.text("#worth") == "Better for rose by 0.12."
+
+
+def test_only_classes_with_a_heatmap_can_be_chosen(visit):
+    page = visit("photo=0")
+    facts = [page.each("#bars input", what) for what in ("value", "disabled", "checked")]
+    assert facts == [["rose", "daisy", "tulip"], [False, False, True], [True, False, False]]
+
+
+# ---- Its heatmap ---------------------------------------------------------------------------------
+
+
+def open_heatmap(visit, chosen="rose", block=None):
+    page = visit(f"photo=0&class={chosen}")
+    if block is not None:
+        page.choose("#depth", block)
+    page.choose("#viewer input[type=range]", "1")
+    return page
+
+
+@pytest.mark.parametrize(
+    ("chosen", "block", "layer", "rows", "peak", "highest"),
+    [
+        ("rose", None, 1, ROSE, 2.5, 5),
+        ("daisy", "0", 1, DAISY, 5, 5),
+        ("rose", "-1", 0, FINE_ROSE, 5, 5),
+        ("daisy", "-1", 0, FINE_DAISY, 1, 5),
+    ],
+)
+def test_a_heatmap_lies_where_its_positions_look(visit, chosen, block, layer, rows, peak, highest):
+    page = open_heatmap(visit, chosen, block)
+    facts = LAYERS[layer]
+    left, top, width, height = page.box("#photo .frame")
+    labels = page.each("#positions [role=img]", "ariaLabel")
+    boxes = page.boxes("#positions [role=img]")
+    colours = page.colours("#positions [role=img]")
+    places = [(row, column) for row in range(len(rows)) for column in range(len(rows[0]))]
+    assert len(boxes) == len(places) == np.prod(facts["positions"])
+    found = zip(places, labels, boxes, colours, strict=True)
+    for (row, column), label, (x, y, w, h), colour in found:
+        value = rows[row][column] / 255 * peak
+        down = facts["start"][0] + row * facts["step"][0]
+        across = facts["start"][1] + column * facts["step"][1]
+        assert y + h / 2 == pytest.approx(top + down * height, abs=1)
+        assert x + w / 2 == pytest.approx(left + across * width, abs=1)
+        assert h == pytest.approx(facts["step"][0] * height, abs=1)
+        assert w == pytest.approx(facts["step"][1] * width, abs=1)
+        assert label.startswith(f"{chosen}: {value:g} at row {row + 1}, column {column + 1} ")
+        assert facts["layer"] in label
+        k = round(255 * value / highest)
+        if 0 <= down <= 1 and 0 <= across <= 1:
+            assert near(colour, (k, k // 2, 255 - k), 36)  # a peak is smoothed a little
+
+
+def test_a_position_tells_its_value_when_it_is_pointed_at(visit):
+    page = open_heatmap(visit)
+    assert "rose: 2.5 at row 2, column 2" in page.text("#value")
+    page.point("#positions [role=img]:nth-child(3)")
+    assert "rose: 1 at row 1, column 3" in page.text("#value")
+
+
+def test_a_heatmap_of_nothing_is_said_to_be_empty(visit):
+    page = visit("photo=1&class=daisy")
+    assert "Nothing speaks for daisy" in page.text("#value")
+
+
+def test_a_class_is_chosen_by_its_bar(visit):
+    page = open_heatmap(visit)
+    page.click("#bars input[value=daisy]")
+    assert "daisy: 5 at row 1, column 1" in page.text("#value")
+    assert address(page)["class"] == "daisy"
+    page.press("ArrowUp")
+    assert address(page)["class"] == "rose"
+
+
+def test_blocks_are_those_that_the_photo_has(visit):
+    for number, least in ((0, "-1"), (5, "0")):
+        page = visit(f"photo={number}")
+        assert (page.eval("$('depth').min"), page.eval("$('depth').max")) == (least, "0")
+
+
+# ---- Filters -------------------------------------------------------------------------------------
+
+
+def patch_place(number, row, column):
+    """Where a photo is seen through a patch: left, top, width, height in shares of the photo."""
+    height, width = FIELD["size"]
+    middles = [
+        first + k * step
+        for first, step, k in zip(FIELD["start"], FIELD["step"], (row, column), strict=True)
+    ]
+    top = min(max(0, middles[0] - height / 2), 1 - height)
+    left = min(max(0, middles[1] - width / 2), 1 - width)
+    return left, top, width, height
+
+
+def test_filters_stand_on_tabs_of_their_convolutions(visit):
+    page = visit()
+    assert [text.strip() for text in page.texts("#filter .tab")] == [
+        "Convolution 5",
+        "Convolution 7",
+    ]
+    visible = "$('filter').querySelectorAll('.tile')"
+    seen = f"[...{visible}].filter((it) => it.checkVisibility())"
+    page.eval("$('filter').scrollIntoView()")
+    assert len(page.boxes(seen)) == 2
+    page.click("document.querySelector('#filter .tab input')")
+    colours = page.colours(seen)
+    assert len(colours) == 4
+    assert all(near(colour, tile_colour(4, k)) for k, colour in enumerate(colours) if k != 2)
+    (silent,) = page.each("#filter .crossed", "ariaLabel")
+    assert silent.startswith("filter 2 of convolution 5, silent")
+    assert "What filters look for" in page.text("#filter")
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_a_filter_is_shown_beside_what_fires_it(visit, k):
+    page = visit(f"photo=0&filter=5.{k}")
+    assert page.eval("$('dialog').open")
+    assert f"Convolution 5, filter {k}" in page.text("#title")
+    assert page.eval("document.querySelector('#filter-5').checked")
+    figures = page.texts("#parts figcaption")
+    assert "conv_5" in figures[0]
+    assert "rose/a.jpg" in figures[1] and f": {PEAKS[0][k]:g} " in figures[1]
+    assert f" {PATCHES[k][0][3]:g}," in figures[2]
+    # The whole tile, and nothing of what lies around it.
+    for down, across in ((0.5, 0.5), (0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.97, 0.97)):
+        (colour,) = page.colours("#parts figure:nth-child(1) .tile", down, across)
+        assert near(colour, tile_colour(4, k))
+    # Its activation, added to the photo as light: where the field's positions look.
+    left, top, width, height = page.box("#parts figure:nth-child(2) .frame")
+    x, y, w, h = page.box("#parts figure:nth-child(2) .tile + .tile")
+    assert width / height == pytest.approx(1.5, rel=0.01)
+    for first, side, start, axis in ((x, w, left, 1), (y, h, top, 0)):
+        whole = (height, width)[axis]
+        begin = FIELD["start"][axis] - FIELD["step"][axis] / 2
+        assert first == pytest.approx(start + begin * whole, abs=1)
+        extent = FIELD["step"][axis] * FIELD["positions"][axis]
+        assert side == pytest.approx(extent * whole, abs=1)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_activation_map_is_that_of_the_photo_and_filter(visit, number):
+    page = visit(f"photo={number}&filter=5.1")
+    page.eval("document.querySelector('#parts .activation').style.mixBlendMode = 'normal'")
+    (colour,) = page.colours("#parts .activation")
+    assert near(colour, tile_colour(5, 4 * number + 1))
+    caption = page.texts("#parts figcaption")[1]
+    assert PHOTOS[number][0] in caption and f": {PEAKS[number][1]:g} " in caption
+
+
+def test_a_photo_without_activation_maps_is_shown_without(visit):
+    page = visit("photo=3&filter=5.1")
+    caption = page.texts("#parts figcaption")[1]
+    assert "rose/d.jpg" in caption and "no activation map" in caption and "by 4." in caption
+    assert page.eval("document.querySelector('#parts .activation')") is None
+    (colour,) = page.colours("#parts figure:nth-child(2) .tile")
+    assert near(colour, photo_colour(3))
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_patches_show_what_the_position_sees_of_their_photo(visit, k):
+    page = visit(f"filter=5.{k}")
+    frames = page.boxes("#parts figure:nth-child(3) .frame")
+    tiles = page.boxes("#parts figure:nth-child(3) .tile")
+    colours = page.colours("#parts figure:nth-child(3) .frame")
+    assert len(frames) == len(PATCHES[k])
+    patches = zip(PATCHES[k], frames, tiles, colours, strict=True)
+    for (number, row, column, _), frame, tile, colour in patches:
+        assert near(colour, photo_colour(number))
+        place = [
+            (frame[0] - tile[0]) / tile[2],
+            (frame[1] - tile[1]) / tile[3],
+            frame[2] / tile[2],
+            frame[3] / tile[3],
+        ]
+        assert place == pytest.approx(patch_place(number, row, column), abs=0.01)
+        assert tile[2] / tile[3] == pytest.approx(PHOTOS[number][4], rel=0.02)
+
+
+def test_a_patch_leads_to_its_photo(visit):
+    page = visit("photo=0&filter=5.0")
+    page.click("#parts figure:nth-child(3) a:nth-child(1)")
+    assert address(page)["photo"] == "6" and shown(page) == PHOTOS[6][0]
+
+
+def test_a_dialog_opens_steps_and_closes(visit):
+    page = visit()
+    page.click("document.querySelector('#filter .tab input')")
+    page.click("document.querySelectorAll('#filter a')[3]")
+    assert "filter 3" in page.text("#title") and address(page)["filter"] == "5.3"
+    page.click("#next")
+    assert "filter 0" in page.text("#title") and address(page)["filter"] == "5.0"
+    page.click("#previous")
+    assert "filter 3" in page.text("#title")
+    page.press("ArrowLeft")
+    assert "filter 2" in page.text("#title")
+    page.press("ArrowRight")
+    page.press("ArrowRight")
+    assert "filter 0" in page.text("#title")
+    page.press("Escape")
+    assert not page.eval("$('dialog').open") and "filter" not in address(page)
+    page.click("document.querySelectorAll('#filter a')[1]")
+    assert "filter 1" in page.text("#title")
+    page.click("#close")
+    assert not page.eval("$('dialog').open") and "filter" not in address(page)
+
+
+# ---- Layers --------------------------------------------------------------------------------------
+
+
+def test_channels_are_shown_before_and_after_the_activation(visit):
+    page = visit()
+    seen = "[...$('channel').querySelectorAll('.tile')].filter((it) => it.checkVisibility())"
+    for sheet, file in ((7, "conv_1"), (8, "activation_1")):
+        page.eval("$('channel').scrollIntoView()")
+        colours = page.colours(seen)
+        assert len(colours) == 5
+        assert all(near(it, tile_colour(sheet, k)) for k, it in enumerate(colours) if k != 3)
+        assert file in page.text("#channel")
+        page.click("#after")
+    silent = "channel 3 of convolution 1, activation_1, silent"
+    assert page.each("#channel .crossed", "ariaLabel") == [silent]
+
+
+def test_a_channel_is_shown_large_before_and_after(visit):
+    page = visit()
+    page.click("document.querySelectorAll('#channel a')[4]")
+    assert "Convolution 1, channel 4" in page.text("#title") and address(page)["channel"] == "1.4"
+    assert [text.split()[-1] for text in page.texts("#parts figcaption")] == [
+        "conv_1",
+        "activation_1",
+    ]
+    assert all(map(near, page.colours("#parts .tile"), [tile_colour(7, 4), tile_colour(8, 4)]))
+    page.click("#next")
+    assert "channel 0" in page.text("#title")
+
+
+# ---- The address, the keyboard -------------------------------------------------------------------
+
+
+def test_an_address_opens_what_it_names_and_says_so_again(visit):
+    chosen = {
+        "photo": "0",
+        "class": "daisy",
+        "block": "fine",
+        "order": "confidence",
+        "true": "rose",
+        "result": "right",
+        "patterns": "5",
+        "after": "yes",
+    }
+    page = visit("&".join(f"{name}={it}" for name, it in chosen.items()))
+    assert shown(page) == PHOTOS[0][0] and listed(page) == names([0])
+    values = "['order', 'true', 'predicted', 'result', 'depth'].map((id) => $(id).value)"
+    assert page.eval(values) == ["confidence", "rose", "", "right", "-1"]
+    assert page.eval("$('filter-5').checked && $('after').checked")
+    assert "daisy: 1 at row 1, column 1 of fine" in page.text("#value")
+    assert address(page) == chosen and page.text("#word") == ""
+    page.choose("#order", "")
+    del chosen["order"]
+    assert address(page) == chosen | {"section": "photos"}
+
+
+UNKNOWN = [
+    "photo=99 class=lily block=mixed9 order=name true=0 result=perhaps filter=5.9 x=1",
+    "photo=x filter=8.0 channel=x section=x layers=5 after=no",
+]
+
+
+@pytest.mark.parametrize("unknown", UNKNOWN)
+def test_unknown_values_of_an_address_fall_back_with_a_word(visit, unknown):
+    asked = "&".join([*unknown.split(), "predicted=rose"])
+    page = visit(asked)
+    assert all(one in page.text("#word") for one in unknown.split())
+    assert "rose" not in page.text("#word")
+    assert listed(page) == names([1, 2, 0]) and shown(page) == PHOTOS[1][0]
+    assert page.eval("location.hash") == f"#{asked}"
+    assert not page.eval("$('dialog').open")
+
+
+def test_a_class_without_a_heatmap_falls_back_with_a_word(visit):
+    page = visit("photo=0&class=tulip")
+    assert "no heatmap for tulip" in page.text("#word") and "for rose" in page.text("#word")
+    assert "rose: 2.5 at row 2" in page.text("#value")
+    assert page.text("#without") == "There is no heatmap of this photo for tulip."
+
+
+def test_arrow_keys_go_through_a_group_and_tab_leaves_it(visit):
+    page = visit()
+    page.eval("document.querySelector('#thumbnails a').focus()")
+    page.press("ArrowRight")
+    page.press("ArrowRight")
+    assert shown(page) == PHOTOS[3][0]
+    page.press("ArrowLeft")
+    assert shown(page) == PHOTOS[1][0]
+    inside = "document.activeElement.closest('#thumbnails') !== null"
+    assert page.eval(inside)
+    page.press("Tab")
+    assert not page.eval(inside)
+    page.eval("document.querySelector('#confusion a[tabindex=\"0\"]').focus()")
+    page.press("ArrowDown")
+    page.press("ArrowRight")
+    assert page.eval("document.activeElement.ariaLabel") == "rose predicted as rose: 1 photos"
+    page.eval("document.querySelector('#positions [tabindex=\"0\"]').focus()")
+    page.press("ArrowRight")
+    assert page.eval("document.activeElement.ariaLabel") in page.text("#value")
+
+
+# ---- The run, and what it lacks ------------------------------------------------------------------
+
+
+def test_the_run_tells_its_settings_and_pictures(visit):
+    page = visit()
+    assert page.text("#lead").splitlines() == ["It learnt 3 classes.", "It names 5 of 8 right."]
+    assert page.text("#warnings") == "⚠ Only 2 photos of a class."
+    assert page.text("#command").startswith("python model_training")
+    assert page.text("#settings").splitlines() == ["epochs: 2", "weights: none"]
+    assert page.each("#pictures figcaption", "textContent") == ["The first picture"]
+    assert page.texts("#curves figcaption") == ["Loss of 2 epochs"]
+    file = "href.split('/').at(-1)"
+    assert page.each("#pictures a", file) == ["first.png"]
+    assert page.each("#curves a", file) == ["training_curves.png"]
+
+
+def test_sections_without_data_are_hidden(visit):
+    def without(run):
+        run.update(filters=[], channels=[], test=None)
+
+    page = visit(change=without)
+    for name, hidden in (("photos", False), ("filters", True), ("channels", True)):
+        assert page.eval(f"!$('{name}').checkVisibility()") == hidden
+        assert (
+            page.eval(f"!document.querySelector('nav [href*={name}]').checkVisibility()") == hidden
+        )
+    assert not page.eval("$('evaluation').checkVisibility()")
+
+
+def test_a_page_without_its_run_says_what_is_missing(browser, tmp_path):
+    shutil.copy(PAGE, tmp_path)
+    browser.open(tmp_path / "index.html")
+    assert "run.js is missing" in browser.text("#lead")
+
+
+HOSTILE = ['"ro\'se"', "</script><b>x", "$x$ & `y`\n\u2028z"]
+
+
+def test_names_are_shown_as_they_are(visit):
+    def rename(run):
+        run["classes"] = HOSTILE
+        run["lead"] = HOSTILE
+        for photo, name in zip(run["photos"], HOSTILE, strict=False):
+            photo["name"] = name
+        run["test"][0][1:4] = HOSTILE
+        run["pictures"][0]["caption"] = HOSTILE[1]
+
+    page = visit("photo=1", rename)
+    assert page.eval("document.querySelectorAll('b:not(p > b)').length") == 0
+    assert HOSTILE[1] in page.text("#verdict") and HOSTILE[1] in page.text("#lead")
+    assert page.each("#true option", "text")[1:3] == HOSTILE[:2]
+    assert page.eval("[...$('bars').querySelectorAll('input')].map((it) => it.value)") == [
+        HOSTILE[k] for k, _ in PHOTOS[1][2]
+    ]
+    page.click("document.querySelectorAll('#bars input')[1]")
+    assert address(page)["class"] == HOSTILE[0]
+    assert page.each("#pictures figcaption", "textContent") == [HOSTILE[1]]
+
+
+# ---- History -------------------------------------------------------------------------------------
+
+
+def go(page, steps):
+    """Go back or forward in the history, and wait until the page knows of it."""
+    page.eval(
+        "new Promise((done) => { addEventListener('popstate', () => setTimeout(done),"
+        f"{{ once: true }}); history.go({steps}); }})"
+    )
+
+
+def test_back_steps_between_sections_and_not_through_each_arrow_key(visit):
+    page = visit("photo=5")
+    start = page.eval("history.length")
+    page.click("#thumbnails [aria-label^='daisy/b.jpg']")
+    for _ in range(3):
+        page.press("ArrowRight")
+    assert shown(page) == PHOTOS[7][0] and page.eval("history.length") == start
+    page.click("#confusion tr:nth-child(3) td:nth-child(2) a")
+    assert shown(page) == PHOTOS[3][0] and listed(page) == names([3])
+    assert page.eval("history.length") == start + 1
+    page.click("nav [href='#evaluation']")
+    page.click("#confusion tr:nth-child(2) td:nth-child(3) a")
+    assert page.eval("history.length") == start + 3 and listed(page) == names([1, 2])
+    assert page.eval("document.activeElement.closest('#thumbnails') !== null")
+    go(page, -1)
+    assert listed(page) == names([3]) and address(page)["section"] == "evaluation"
+    assert page.eval("document.activeElement.ariaLabel") == "daisy predicted as rose: 2 photos"
+    go(page, -1)
+    assert address(page)["section"] == "photos" and shown(page) == PHOTOS[3][0]
+    go(page, -1)
+    assert shown(page) == PHOTOS[7][0] and len(listed(page)) == 8
+    assert page.eval("document.activeElement.ariaLabel") == "rose predicted as daisy: 1 photos"
+    go(page, 3)
+    assert listed(page) == names([1, 2])
+
+
+def test_while_a_key_is_held_the_address_waits(visit):
+    page = visit("photo=4")
+    page.eval("document.querySelector('#thumbnails a').focus()")
+    page.hold("ArrowRight")
+    assert address(page)["photo"] == "1"
+    for _ in range(3):
+        page.hold("ArrowRight", repeats=True)
+    assert shown(page) == PHOTOS[7][0] and address(page)["photo"] == "1"
+    page.release("ArrowRight")
+    assert address(page)["photo"] == "7"
+
+
+@pytest.mark.parametrize("close", ["Escape", "#close"])
+def test_back_does_not_reopen_a_closed_dialog(visit, close):
+    page = visit("photo=5&section=photos")
+    start = page.eval("history.length")
+    page.click("document.querySelectorAll('#filter a')[5]")
+    assert page.eval("$('dialog').open") and page.eval("history.length") == start + 1
+    page.click("#previous")
+    page.click("#next")
+    page.press(close) if close == "Escape" else page.click(close)
+    page.wait("!$('dialog').open && !location.hash.includes('filter=')")
+    assert address(page) == {"photo": "5", "section": "photos"}
+    assert page.eval("document.activeElement === document.querySelectorAll('#filter a')[5]")
+    go(page, 1)
+    assert page.eval("$('dialog').open")
+    go(page, -1)
+    assert not page.eval("$('dialog').open") and shown(page) == PHOTOS[5][0]
+
+
+def test_a_dialog_that_a_link_opened_closes_in_place(visit):
+    page = visit("photo=5&filter=5.1")
+    start = page.eval("history.length")
+    page.press("Escape")
+    assert page.eval("history.length") == start
+    assert not page.eval("$('dialog').open") and "filter" not in address(page)
+    assert address(page)["photo"] == "5"
+
+
+def test_sections_are_gone_to_with_all_that_is_chosen(visit):
+    page = visit("photo=5&true=tulip&after=yes")
+    for name in ("filters", "channels", "evaluation", "the-run", "photos"):
+        page.click(f"nav [href='#{name}']")
+        chosen = address(page)
+        assert chosen["section"] == name and chosen["after"] == "yes"
+        assert shown(page) == PHOTOS[5][0] and listed(page) == names([5, 6])
+    assert shown(visit("channels")) == PHOTOS[4][0]
+
+
+def many(run):
+    """A run of 120 photos, so that the list is scrolled."""
+    whole = run["photos"][5]
+    run["photos"] += [whole | {"number": number, "doubt": 1.0} for number in range(9, 120)]
+
+
+def test_a_link_opens_at_its_subject_with_its_thumbnail_in_sight(visit, browser):
+    browser.resize(390, 700)
+    try:
+        page = visit("photo=100", many)
+        _, list_top, _, list_height = page.box("#thumbnails")
+        _, top, _, height = page.box("#thumbnails [aria-current=true]")
+        assert 0 <= list_top <= top and top + height <= list_top + list_height + 1 <= 700
+        assert page.box("#photo")[1] < 700
+        page = visit("section=filters&photo=100", many)
+        assert -1 < page.box("#filters")[1] < 50
+        page = visit("channels", many)
+        assert 0 <= page.box("#channels")[1] < 700
+    finally:
+        browser.resize(*WINDOW)
+
+
+def test_titles_name_what_is_shown(visit):
+    page = visit("photo=3")
+    assert page.eval("document.title").startswith("rose/d.jpg")
+    page.click("#thumbnails [aria-label^='daisy/b.jpg']")
+    assert page.eval("document.title").startswith("daisy/b.jpg")
+    page.click("document.querySelectorAll('#filter a')[4]")
+    title = page.eval("document.title")
+    assert title.startswith("Convolution 7, filter 0") and "daisy/b.jpg" in title
+
+
+# ---- The list ------------------------------------------------------------------------------------
+
+
+def test_the_photo_shown_is_one_of_the_list_with_its_own_class(visit):
+    page = visit("photo=0&class=daisy")
+    page.choose("#true", "daisy")
+    assert shown(page) == PHOTOS[1][0] and address(page)["class"] == "rose"
+    assert page.eval("document.querySelector('#bars :checked').value") == "rose"
+    page.choose("#predicted", "daisy")
+    assert shown(page) == PHOTOS[7][0] and address(page)["class"] == "daisy"
+    page.choose("#predicted", "tulip")
+    assert listed(page) == [] and not page.eval("$('viewer').checkVisibility()")
+    page.choose("#true", "")
+    assert shown(page) == PHOTOS[4][0] and page.eval("$('viewer').checkVisibility()")
+
+
+def test_a_photo_that_is_asked_for_is_in_the_list(visit):
+    page = visit("photo=6&true=daisy")
+    assert shown(page) == PHOTOS[6][0] and len(listed(page)) == 8
+    assert PHOTOS[6][0] in page.text("#word") and page.eval("$('true').value") == ""
+    page = visit("photo=8")
+    assert shown(page) == PHOTOS[8][0]
+    page.choose("#bars input:nth-child(1)", "daisy")
+    assert shown(page) == PHOTOS[8][0]
+
+
+@pytest.mark.parametrize(("result", "expected"), [("right", [7, 5, 0, 6]), ("wrong", [1, 3, 2])])
+def test_right_and_wrong_predictions_are_told_apart(visit, result, expected):
+    page = visit()
+    page.choose("#result", result)
+    assert listed(page) == names(expected) and address(page)["result"] == result
+
+
+def test_a_filtered_list_says_so_and_can_be_widened(visit):
+    page = visit()
+    assert page.text("#count") == "8 of 9 photos"
+    assert not page.eval("$('show-all').checkVisibility()")
+    page.choose("#true", "daisy")
+    page.choose("#predicted", "rose")
+    page.choose("#result", "wrong")
+    words = page.text("#count")
+    assert words.startswith("Only 2 of 9 photos")
+    assert all(word in words for word in ("true class daisy", "predicted class rose", "wrong"))
+    page.choose("#order", "confidence")
+    page.click("#show-all")
+    assert page.text("#count") == "8 of 9 photos"
+    assert page.eval("$('order').value") == "confidence" and shown(page) == PHOTOS[1][0]
+
+
+def test_zeros_of_the_confusion_matrix_lead_nowhere(visit):
+    page = visit()
+    counts = sorted(count for row in COUNTS for count in row if count)
+    assert sorted(map(int, page.texts("#confusion a"))) == counts
+    page.eval("document.querySelector('#confusion tr:nth-child(4) a').focus()")
+    page.press("ArrowUp")
+    assert page.eval("document.activeElement.ariaLabel") == "rose predicted as rose: 1 photos"
+    page.press("ArrowLeft")
+    page.press("ArrowLeft")
+    assert page.eval("document.activeElement.ariaLabel") == "daisy predicted as rose: 2 photos"
+
+
+def test_the_names_of_the_list_are_copied(visit):
+    page = visit("predicted=rose")
+    page.command("Browser.setPermission", permission={"name": "clipboard-write"}, setting="granted")
+    page.command("Browser.setPermission", permission={"name": "clipboard-read"}, setting="granted")
+    page.click("#copy")
+    page.wait("$('word').textContent !== ''")
+    assert page.eval("navigator.clipboard.readText()") == "\n".join(names([1, 2, 0]))
+    assert "3 file names" in page.text("#word")
+
+
+def test_names_that_cannot_be_copied_are_marked(visit):
+    page = visit("predicted=rose")
+    page.command("Browser.setPermission", permission={"name": "clipboard-write"}, setting="denied")
+    page.click("#copy")
+    page.wait("$('word').textContent !== ''")
+    assert page.eval("getSelection().toString()") == "\n".join(names([1, 2, 0]))
+
+
+# ---- What is pointed at --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "output", "told"),
+    [
+        ("#positions [role=img]:nth-child(6)", "#value", "rose: 2 at row 2, column 3 of coarse"),
+        ("#thumbnails a:nth-child(2) .tile", "#thumbnail", "daisy/b.jpg: It says rose, 80\xa0%"),
+        ("#filter .panel .tile", "#filter-5-told", "filter 0 of convolution 5: fires by up to 9.5"),
+        ("#channel .panel .tile", "#channel-1-told", "channel 0 of convolution 1, conv_1"),
+        ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", "tulip predicted as daisy: 0"),
+    ],
+)
+def test_a_value_is_told_while_it_is_pointed_at_and_no_longer(visit, part, output, told):
+    page = visit("photo=0&patterns=5")
+    before = page.text(output)
+    assert not before.startswith(told)
+    page.point(part)
+    assert page.text(output).startswith(told)
+    page.point("h1")
+    assert page.text(output) == before
+    if "span" not in part:
+        page.eval(f"document.querySelector({part!r}).closest('[tabindex]').focus()")
+        assert page.text(output).startswith(told)
+        page.eval("document.activeElement.blur()")
+        assert page.text(output) == before
+
+
+def test_patches_tell_their_place_counted_from_one(visit):
+    page = visit("filter=5.0")
+    for k, (number, row, column, activation) in enumerate(PATCHES[0], start=1):
+        page.point(f"#parts .sheet a:nth-child({k})")
+        place = f"at row {row + 1}, column {column + 1} of activation_5"
+        assert page.text("#part") == f"{PHOTOS[number][0]}: {activation:g} {place}"
+    page.point("#title")
+    assert page.text("#part").strip() == ""
+
+
+def test_a_patch_shows_its_photo_beside_the_filter(visit):
+    page = visit("photo=3&filter=5.0")
+    page.click("#parts .sheet a:nth-child(1)")
+    assert page.eval("$('dialog').open") and address(page)["photo"] == "6"
+    assert "tulip/f.jpg" in page.texts("#parts figcaption")[1]
+    photo = page.box("#parts figure:nth-child(2) .tile")
+    seen = page.box("#parts .seen")
+    place = [(seen[0] - photo[0]) / photo[2], (seen[1] - photo[1]) / photo[3]]
+    place += [seen[2] / photo[2], seen[3] / photo[3]]
+    assert place == pytest.approx(patch_place(6, *PATCHES[0][0][1:3]), abs=0.01)
+    page.click("#parts [href*='section=photos']")
+    assert not page.eval("$('dialog').open") and shown(page) == PHOTOS[6][0]
+    assert address(page)["section"] == "photos" and -1 < page.box("#photos")[1] < 50
+
+
+# ---- Layout --------------------------------------------------------------------------------------
+
+
+def test_numbers_stand_in_one_line_and_pictures_keep_their_place(visit, browser):
+    browser.resize(390, 800)
+    try:
+        page = visit("photo=8")
+        assert {box[3] for box in page.boxes("#bars .number")} == {page.box("#bars .number")[3]}
+        assert len({round(box[3]) for box in page.boxes("#confusion td *")}) == 1
+        assert page.eval("document.documentElement.scrollWidth") == 390
+    finally:
+        browser.resize(*WINDOW)
+    # Their files are squares.
+    page = visit()
+    for picture, ratio in (("#strip", 1611 / 433), ("#curves img", 1311 / 511)):
+        _, _, width, height = page.box(picture)
+        assert width / height == pytest.approx(ratio, rel=0.01)
+
+
+def test_the_gallery_is_a_list_that_opens(visit):
+    page = visit()
+    visible = "document.querySelector('#pictures img').checkVisibility()"
+    assert not page.eval(visible)
+    page.click("#gallery > summary")
+    assert page.text("#pictures li") == "The first picture" and not page.eval(visible)
+    page.click("#pictures summary")
+    assert page.eval(visible)
