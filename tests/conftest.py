@@ -1,16 +1,28 @@
-"""Small drawn flowers, and a model small enough to be trained on them within seconds."""
+"""Small drawn flowers, and models small enough to be trained on them within seconds."""
 
+import atexit
+import contextlib
+import os
+import shutil
 import signal
+import sys
+import tempfile
+from pathlib import Path
+
+# No test reads the settings or the weights of whoever starts it; Keras asks when it is imported.
+os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras_home_")
 
 import keras
 import numpy as np
 import pytest
 from draw_flowers import draw_flower
 from keras import layers
+from matplotlib.figure import Figure
 from PIL import Image
 
 import model_training_and_visualization as study
 
+atexit.register(shutil.rmtree, os.environ["KERAS_HOME"], ignore_errors=True)
 CLASSES = ["daisy", "rose", "tulip"]
 # A shell starts a job in the background with Ctrl-C ignored, and so would be what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +60,106 @@ def small_model(size=32, class_count=3, channels=8):
         x = layers.Conv2D(channels * number, 3, strides, activation="relu", name=name)(x)
     means = layers.GlobalAveragePooling2D()(x)
     return keras.Model(photo, layers.Dense(class_count, activation="softmax")(means))
+
+
+# The convolutions of small_inception: two of the stem, then one a block.
+STEM, BLOCKS = ["stem_1", "stem_2"], [f"mixed{number}" for number in range(11)]
+
+
+def small_inception(class_count, image_size, weights="none"):
+    """InceptionV3 in small, as build_model makes it: a stem with two poolings, then eleven blocks.
+
+    Block mixedK ends with the activation of that name, after the convolution mixedK_conv. Without
+    dropout, so that what is trained again is the same again.
+    """
+    photo = keras.Input((image_size, image_size, 3), name="photo")
+    x = layers.Rescaling(1 / 127.5, offset=-1)(photo)
+    for name in (*STEM, *BLOCKS):
+        strides = 2 if name == "stem_1" else 1
+        kernel = {"use_bias": False, "kernel_initializer": "he_normal", "name": f"{name}_conv"}
+        x = layers.Conv2D(6, 3, strides, padding="same", **kernel)(x)
+        x = layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
+        x = layers.Activation("relu", name=name)(x)
+        if name in STEM:
+            x = layers.MaxPooling2D(3, 2)(x)
+    hidden = layers.Dense(8, activation="relu", name="hidden")(layers.GlobalAveragePooling2D()(x))
+    probabilities = layers.Dense(class_count, activation="softmax", name="classes")(hidden)
+    return keras.Model(photo, probabilities)
+
+
+# What is to be done when a file is opened for writing, or put in its place. Python tells of both,
+# whichever function does it: so a disk can be full, or a signal come, at a known moment.
+WATCHED = []
+RENAMED = []  # functions that are called with the path of each file that is put in its place
+
+
+def tell_watchers(event, arguments):
+    if event == "open":
+        path, _, flags = arguments
+        path = path if flags & (os.O_WRONLY | os.O_RDWR) else None
+    elif event == "os.rename":
+        path = arguments[1]
+        for tell in tuple(RENAMED):
+            tell(path)
+    else:
+        return
+    for watched, end, action in tuple(WATCHED):
+        named = isinstance(path, str | os.PathLike)  # and no number of a stream
+        if event == watched and named and os.fspath(path).endswith(end):
+            action()
+
+
+sys.addaudithook(tell_watchers)  # which nothing can take away again
+
+
+@contextlib.contextmanager
+def when(event, end, action):
+    """Call action() at every "open" for writing, or "os.rename" to, a path that ends so."""
+    WATCHED.append((event, end, action))
+    try:
+        yield
+    finally:
+        WATCHED.pop()
+
+
+@contextlib.contextmanager
+def remembered_figures():
+    """Yield {file name: figure} of the figures that are written.
+
+    Texts and values cannot be read from the pixels of a picture: hence matplotlib's own function is
+    patched.
+    """
+    figures, saved, save = {}, [], Figure.savefig
+
+    def remember(figure, *arguments, **settings):
+        saved.append(figure)
+        save(figure, *arguments, **settings)
+
+    def put_in_place(path):
+        if saved:
+            figures[Path(path).name] = saved.pop()
+
+    RENAMED.append(put_in_place)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", remember)
+            yield figures
+    finally:
+        RENAMED.remove(put_in_place)
+
+
+@contextlib.contextmanager
+def full_disk_at(end):
+    """From the first file on whose path ends so, only 100 bytes can be written of any."""
+    import resource  # which Windows does not have
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = (resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with when("open", end, lambda: resource.setrlimit(*fill)):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture(scope="session")

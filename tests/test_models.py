@@ -1,11 +1,14 @@
 """Any convolutional classifier: what is read off its graph, compared with what it computes."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import small_model
 from keras import layers
+from PIL import Image
 
 import model_training_and_visualization as study
 from create_train_val_test import Stop
@@ -26,7 +29,7 @@ def photos(*size):
 
 
 def probabilities(model, batch):
-    return study.classifier(model)(batch, training=False).numpy()
+    return study.Network(model).probabilities(batch)
 
 
 # ---- Where the positions of a layer look ---------------------------------------------------------
@@ -50,12 +53,11 @@ def with_centred_weights(model):
 
 def centre_of_gradient(model, layer_name, position):
     """The centre (row, column) of the pixels that the activation at a position depends on."""
-    extractor = study.feature_extractor(model, (layer_name,))
-    photo = tf.fill((1, *study.input_size(model), 3), 0.001)  # too little to saturate a ReLU6
+    extractor = keras.Model(model.input, model.get_layer(layer_name).output)
+    photo = tf.fill((1, *model.input_shape[1:3], 3), 0.001)  # too little to saturate a ReLU6
     with tf.GradientTape() as tape:
         tape.watch(photo)
-        (activation,) = tf.nest.flatten(extractor(photo, training=False))
-        activation = tf.reduce_sum(activation[(0, *position)])
+        activation = tf.reduce_sum(extractor(photo, training=False)[(0, *position)])
     gradient = np.abs(tape.gradient(activation, photo)[0]).sum(2)
     return [
         float(np.average(np.arange(len(it)), weights=it))
@@ -77,30 +79,36 @@ def test_a_heatmap_lies_where_the_gradient_says_that_its_positions_look(architec
     base = build(weights=None, include_top=False, input_shape=(*size, 3))
     output = layers.Dense(2, activation="softmax")(layers.GlobalAveragePooling2D()(base.output))
     model = with_centred_weights(keras.Model(base.input, output))
-    blocks, outputs = study.block_layers(model), study.layer_outputs(model)
-    for name in dict.fromkeys([blocks[0], blocks[len(blocks) // 2], study.heatmap_layer(model)]):
-        heatmap = np.zeros(outputs[name].shape[1:3], "float32")
+    network = study.Network(model)
+    blocks = network.blocks
+    for name in dict.fromkeys([blocks[0], blocks[len(blocks) // 2], network.heatmap_layer]):
+        heatmap = np.zeros(model.get_layer(name).output.shape[1:3], "float32")
         position = (heatmap.shape[0] // 2, heatmap.shape[1] // 2)
         heatmap[position] = 1
         measured = centre_of_gradient(model, name, position)
-        field = study.receptive_fields(model)[name]
-        np.testing.assert_allclose(
-            np.add(field.centre, np.multiply(position, field.stride)), measured, atol=0.01
-        )
+        field = network.receptive_fields[name]
+        # The middle of pixel k lies at k + 0.5.
+        np.testing.assert_allclose(field.place(position), np.add(measured, 0.5), atol=0.01)
         placed = study.place_heatmap(heatmap, field, size)
         peak = np.average(np.argwhere(placed == placed.max()), axis=0)
         np.testing.assert_allclose(peak, measured, atol=0.51, err_msg=name)
 
 
-def test_the_blocks_of_inceptionv3_look_where_its_unpadded_strides_lead(inception):
+@pytest.fixture(scope="module")
+def original():
+    """Keras's own InceptionV3, built after the one of this project."""
+    return keras.applications.InceptionV3(weights=None)
+
+
+def test_the_blocks_of_inceptionv3_look_where_its_unpadded_strides_lead(inception, original):
     own, _ = inception  # at 75 px: its last reduction has strides of 1
-    original = keras.applications.InceptionV3(weights=None)
     for model, last_stride in ((own, 16), (original, 32)):
-        fields = study.receptive_fields(model)
+        fields = study.Network(model).receptive_fields
         # The stem's unpadded 3 × 3 windows (strides 2, 1, 2, 1, 2) shift the first centre by
         # 1 + 2 + 2 + 4 + 4 pixels; each of the two reductions shifts it by one position more.
         looks = [(13, 8)] * 3 + [(21, 16)] * 5 + [(37, last_stride)] * 3
-        for name, (centre, stride) in zip(study.BLOCKS, looks, strict=True):
+        blocks = [f"mixed{number}" for number in range(11)]
+        for name, (centre, stride) in zip(blocks, looks, strict=True):
             assert fields[name].centre == (centre, centre), name
             assert fields[name].stride == (stride, stride), name
 
@@ -117,18 +125,18 @@ def test_a_receptive_field_is_as_large_as_the_pixels_that_change_the_activation(
         photo, layers.Dense(2, activation="softmax")(layers.GlobalMaxPooling2D()(x))
     )
     # Rows: 5, then + 1 · 2, + 4 · 4; columns: 3, then + 1 · 2, + 4 · 4, and in the branch + 4 · 4.
-    fields = study.receptive_fields(model)
+    fields = study.Network(model).receptive_fields
     assert fields["dilated"].size == (23, 21) and fields["merged"].size == (23, 37)
     assert fields["merged"].stride == (4, 4)
-    extractor = study.feature_extractor(model, ("merged",))
+    extractor = keras.Model(photo, x)
     image = tf.fill((1, 61, 61, 3), 100.0)
     with tf.GradientTape() as tape:
         tape.watch(image)
-        activation = tf.reduce_sum(tf.nest.flatten(extractor(image))[0][0, 5, 5])
+        activation = tf.reduce_sum(extractor(image)[0, 5, 5])
     seen = np.argwhere(np.abs(tape.gradient(activation, image)[0]).sum(2) > 0)
     np.testing.assert_array_equal(np.ptp(seen, axis=0) + 1, (23, 37))
-    middle = np.add(fields["merged"].centre, 5 * 4)
-    np.testing.assert_allclose(middle, (seen.min(0) + seen.max(0)) / 2)
+    middle = (seen.min(0) + seen.max(0) + 1) / 2
+    np.testing.assert_allclose(fields["merged"].place((5, 5)), middle)
 
 
 @pytest.mark.parametrize(("size", "centre"), [(10, 1), (11, 0)])
@@ -138,7 +146,7 @@ def test_same_padding_is_counted_at_the_actual_size_of_the_layer(size, centre):
     means = layers.GlobalAveragePooling2D()(maps)
     model = with_centred_weights(keras.Model(photo, layers.Dense(2, activation="softmax")(means)))
     # An even side lacks one pixel, which TensorFlow adds at its end; an odd one lacks one at each.
-    assert study.receptive_fields(model)["maps"].centre == (centre, centre)
+    assert study.Network(model).receptive_fields["maps"].centre == (centre, centre)
     assert centre_of_gradient(model, "maps", (1, 1)) == [centre + 2, centre + 2]
 
 
@@ -148,7 +156,7 @@ def test_a_centre_crop_moves_the_positions_and_a_resizing_stretches_them():
     resized = layers.Resizing(10, 10, name="resized")(cropped)
     maps = layers.Conv2D(2, 1)(resized)
     model = keras.Model(photo, layers.Dense(2, activation="softmax")(layers.Flatten()(maps)))
-    fields = study.receptive_fields(model)
+    fields = study.Network(model).receptive_fields
     assert fields["cropped"].centre == (10, 20)
     assert fields["resized"].centre == (10.5, 20.5) and fields["resized"].stride == (2, 2)
 
@@ -156,14 +164,19 @@ def test_a_centre_crop_moves_the_positions_and_a_resizing_stretches_them():
 # ---- Which layers --------------------------------------------------------------------------------
 
 
-def test_convolutions_come_in_the_order_of_the_graph_after_a_second_model_was_built(inception):
-    second = study.build_model(2, 75, "none")
-    found = study.convolutions(second)
+def test_convolutions_come_in_the_order_of_the_graph_also_of_a_second_model(inception, original):
+    found = study.Network(original).convolutions
     assert len(found) == 94 and found[39].number == 40
     assert [it.channels for it in found[:5]] == [32, 32, 64, 80, 192]  # Szegedy et al., table 1
-    for it in found:
-        normalization = second.get_layer(it.activation).input._keras_history.operation
-        assert normalization.input._keras_history.operation.name == it.layer
+    # Keras counts convolutions and activations alike: conv2d_7 and activation_7 belong together.
+    counted = [
+        [
+            int(name.rpartition("_")[2]) if name[-1].isdigit() else 0
+            for name in (it.layer, it.activation)
+        ]
+        for it in found
+    ]
+    assert len({convolution - activation for convolution, activation in counted}) == 1
 
 
 def residual_model():
@@ -182,18 +195,13 @@ def residual_model():
 
 
 def test_the_activation_of_a_convolution_is_what_consumes_it_and_blocks_end_in_merges():
-    model = residual_model()
-    found = study.convolutions(model)
+    network = study.Network(residual_model())
+    found = network.convolutions
     assert [it.layer for it in found] == ["stem", "inner", "outer", "late"]
     assert [it.activation for it in found] == ["stem_relu", "inner_relu", "outer_bn", "late"]
-    assert study.block_layers(model) == ["block_1", "block_2"]
-    assert study.heatmap_layer(model) == "last"
+    assert network.blocks == ["block_1", "block_2"]
+    assert network.heatmap_layer == "last"
     assert str(found[2]) == "convolution 3 of 4 (layer outer)"
-
-
-def test_a_smaller_model_shows_the_nearest_convolutions_that_it_has():
-    assert [it.number for it in study.choose_convolutions(residual_model(), (1, 4, 9))] == [1, 4]
-    assert [it.number for it in study.choose_convolutions(small_model(), (3, 8, 40))] == [3]
 
 
 def test_without_merges_the_last_layer_of_each_resolution_ends_a_block():
@@ -204,13 +212,12 @@ def test_without_merges_the_last_layer_of_each_resolution_ends_a_block():
         x = layers.Conv2D(2, 3, padding="same", name=f"second_{size}")(x)
         x = layers.MaxPooling2D(name=f"pooled_{size}")(x)
     model = keras.Model(photo, layers.Dense(2, activation="softmax")(layers.Flatten()(x)))
-    assert study.block_layers(model) == ["second_32", "second_16", "pooled_16"]
-    assert study.block_layers(model, most=2) == ["second_32", "pooled_16"]
+    assert study.Network(model).blocks == ["second_32", "second_16", "pooled_16"]
 
 
 def test_the_heatmap_layer_has_more_than_one_position_and_lies_in_no_branch(inception):
     model, _ = inception  # at 75 pixels the last three blocks have one position
-    assert study.heatmap_layer(model) == "mixed7"
+    assert study.Network(model).heatmap_layer == "mixed7"
 
 
 # ---- Heads, nested models, precision -------------------------------------------------------------
@@ -255,49 +262,96 @@ def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():
     for index in range(3):
         ours, expected = (study.grad_cam(it, image, "block_2", index) for it in (nested, flat))
         np.testing.assert_allclose(ours, expected, atol=1e-6)
-    assert study.receptive_fields(nested)["block_2"] == study.receptive_fields(flat)["block_2"]
-    assert study.convolutions(nested) == study.convolutions(flat)
+    of_nested, of_flat = study.Network(nested), study.Network(flat)
+    assert of_nested.receptive_fields["block_2"] == of_flat.receptive_fields["block_2"]
+    assert of_nested.convolutions == of_flat.convolutions
 
 
-def test_folded_normalization_changes_no_output_and_spares_what_it_cannot_fold():
-    keras.utils.set_random_seed(0)
-    photo, shared = keras.Input((16, 16, 3)), layers.Conv2D(4, 3, padding="same", name="shared")
-    x = layers.Conv2D(4, 3, strides=2, use_bias=True, bias_initializer="normal")(photo)
-    x = layers.ReLU(name="folds")(layers.BatchNormalization()(x))
+def nested_model():
+    """A base in a model, both with a layer "conv2d" and one "add", and normalizations of all kinds.
+
+    Only the first two of them can be folded into the convolution before.
+    """
+    inner_photo = keras.Input((24, 24, 3))
+    x = layers.Conv2D(4, 3, name="conv2d", bias_initializer="normal")(
+        layers.Rescaling(1 / 255, name="add")(inner_photo)
+    )
+    x = layers.ReLU()(layers.BatchNormalization()(x))
     x = layers.Conv2D(4, 3, padding="same", groups=2, use_bias=False)(x)
-    x = layers.ReLU(name="groups_fold")(layers.BatchNormalization(scale=False, center=False)(x))
-    x = layers.Conv2D(4, 3, activation="relu")(x)  # the two cannot become one
-    x = layers.BatchNormalization()(x)
-    x = layers.BatchNormalization()(layers.Conv2D(4, 1, name="asked")(x))
-    x = layers.BatchNormalization()(shared(shared(x)))
-    x = layers.BatchNormalization(axis=1)(layers.Conv2D(4, 1)(x))  # rows, not channels
-    model = keras.Model(photo, x)
-    asked = [model.get_layer(name).output for name in ("folds", "asked")]
-    model = keras.Model(photo, [*asked, x])
-    for layer in model.layers:
+    x = layers.ReLU()(layers.BatchNormalization(scale=False, center=False)(x))
+    x = layers.Conv2D(4, 3, activation="relu")(x)  # a ReLU lies between: the two cannot be one
+    x = layers.BatchNormalization(trainable=False)(x)
+    twice = layers.Conv2D(4, 3, padding="same")
+    x = layers.BatchNormalization()(twice(twice(x)))  # folded, it would be applied twice
+    base = keras.Model(inner_photo, x, name="base")
+    photo = keras.Input((24, 24, 3))
+    x = base(layers.Rescaling(1.0, name="add")(photo))
+    x = layers.BatchNormalization()(layers.Conv2D(5, 3, name="conv2d")(x))
+    x = layers.ReLU(name="fires")(x)
+    head = layers.Dense(3, activation="softmax", name="matmul")
+    model = keras.Model(photo, head(layers.GlobalAveragePooling2D(name="pooled")(x)))
+    rng = np.random.default_rng(0)
+    for layer in [*base.layers, *model.layers]:
         if isinstance(layer, layers.BatchNormalization):
-            layer.set_weights([np.random.uniform(0.5, 2, it.shape) for it in layer.get_weights()])
-    folded = study.folded(model)
-    for ours, expected in zip(folded(photos(16, 16)), model(photos(16, 16)), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
-    left = [it for it in folded.layers if isinstance(it, layers.BatchNormalization)]
-    assert len(left) == 4
-    of_any_size = study.folded(keras.Model(photo, asked[0]))
-    assert of_any_size(photos(20, 20)).shape == (2, 9, 9, 4)
+            layer.set_weights([rng.uniform(0.5, 2, it.shape) for it in layer.get_weights()])
+    return model
 
 
 def test_layers_of_one_name_in_a_model_and_its_base_are_told_apart():
-    inner_photo = keras.Input((16, 16, 3))
-    x = layers.Conv2D(2, 3, name="conv2d")(layers.Rescaling(1 / 255, name="add")(inner_photo))
-    base = keras.Model(inner_photo, x, name="base")
-    photo = keras.Input((16, 16, 3))
-    x = layers.Conv2D(5, 3, name="conv2d")(base(layers.Rescaling(1.0, name="add")(photo)))
-    head = layers.Dense(3, activation="softmax", name="matmul")
-    model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(x)))
-    np.testing.assert_allclose(probabilities(model, photos()), model(photos()), atol=1e-6)
-    first, second = study.convolutions(model)
-    assert first.layer != second.layer and (first.channels, second.channels) == (2, 5)
-    assert study.activation_grid(model, photos()[0], second.layer).ndim == 3
+    model = nested_model()
+    batch = photos(24, 24)
+    np.testing.assert_allclose(probabilities(model, batch), model(batch), atol=1e-6)
+    first, *_, last = study.Network(model).convolutions
+    assert first.layer != last.layer and (first.channels, last.channels) == (4, 5)
+    # 4 channels and 5, of tiles of 96 pixels and 2 around each.
+    for convolution in (first, last):
+        sheet = study.activation_grid(model, batch[0], convolution.layer)
+        assert sheet.shape == (100, 100 * convolution.channels, 3)
+
+
+def description(model):
+    """All that makes a model what it is: configuration, names, what learns, and weights."""
+    inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]
+    names = [(layer.name, layer.trainable, layer.dtype_policy.name) for layer in model.layers]
+    weights = [np.asarray(weight).tobytes() for weight in model.get_weights()]
+    return json.dumps(model.get_config()), names, weights, [description(it) for it in inner]
+
+
+@pytest.fixture(scope="module")
+def drawn_nested(tmp_path_factory):
+    """The nested model before and after everything is drawn for two photos of no known class."""
+    folder, model = tmp_path_factory.mktemp("nested"), nested_model()
+    paths = [folder / "one.png", folder / "other.png"]
+    for path, photo in zip(paths, photos(24, 24), strict=True):
+        Image.fromarray(photo.astype("uint8")).save(path)
+    before = description(model)
+    network = study.Network(model)
+    last = network.convolutions[-1].layer
+    study.activation_grid(model, photos(24, 24)[0], last)
+    study.grad_cam(model, photos(24, 24)[0], "fires", 1)
+    study.filter_patterns(model, last, [0, 1], size=16, steps=1)
+    study.draw(model, paths, ["a", "b", "c"], folder / "Images", pattern_size=16, pattern_steps=1)
+    return model, before, folder / "Images"
+
+
+def test_the_users_model_is_never_changed(drawn_nested):
+    model, before, _ = drawn_nested
+    assert description(model) == before
+
+
+def test_normalizations_of_all_kinds_leave_the_activations_as_they_are(drawn_nested):
+    model, _, folder = drawn_nested
+    run = json.loads((folder / "run.js").read_text("ascii")[len("const run = ") : -2])
+    batch = photos(24, 24).astype("uint8").astype("float32")
+    fires = keras.Model(model.input, model.get_layer("fires").output)(batch, training=False)
+    (peaks,) = [entry["peaks"] for entry in run["filters"] if entry["activation"] == "fires"]
+    np.testing.assert_allclose(peaks, np.max(fires, axis=(1, 2)), rtol=1e-3, atol=1e-3)
+
+
+def test_photos_of_no_known_class_are_drawn_without_what_needs_the_truth(drawn_nested):
+    files = {path.name for path in drawn_nested[2].iterdir()}
+    assert {"CAM_1.jpeg", "CAM_2.jpeg", "CAM_layers.jpg", "strip.jpg", "index.html"} <= files
+    assert not {"confusion_matrix.png", "CAM_mistakes.jpg", "training_curves.png"} & files
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
@@ -353,16 +407,17 @@ def test_an_input_of_open_size_becomes_as_large_as_asked(tmp_path):
         tmp_path / "open.keras"
     )
     model = study.load_model(tmp_path / "open.keras", 96)
-    assert study.input_size(model) == (96, 96)
+    assert study.Network(model).input_size == (96, 96)
     assert study.grad_cam(model, photos()[0], "maps", 0).shape == (47, 47)
 
 
-def test_a_model_that_does_not_tell_black_from_white_is_warned_of(capsys):
+def test_a_model_that_does_not_tell_black_from_white_is_warned_of(capsys, tmp_path):
     for bias, warned in ((40.0, True), (0.0, False)):
         photo = keras.Input((16, 16, 3))
         saturating = layers.Conv2D(2, 3, activation="sigmoid", name="saturating")
         means = layers.GlobalAveragePooling2D()(saturating(layers.Rescaling(1 / 255)(photo)))
         saturating.bias.assign([bias, bias])
         model = keras.Model(photo, layers.Dense(2, activation="softmax")(means))
-        study.warn_if_saturated(model, "odd.keras")
+        model.save(tmp_path / "odd.keras")
+        study.load_model(tmp_path / "odd.keras", 16)
         assert ("Rescaling" in capsys.readouterr().out) == warned

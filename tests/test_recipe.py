@@ -1,63 +1,133 @@
-"""How a run starts from given weights: nothing jumps, and every kind of file is taken."""
+"""How a model is made: what its first layer sees, and the weights that it starts from."""
+
+import os
 
 import h5py
 import keras
 import numpy as np
 import pytest
+from conftest import small_inception
 from keras import layers
 from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 
 import model_training_and_visualization as study
-
-PHOTOS = np.random.default_rng(1).uniform(0, 255, (4, 75, 75, 3)).astype("float32")
-LABELS = np.eye(3, dtype="float32")[[0, 1, 2, 0]]
-
-
-@pytest.fixture(scope="module")
-def used_model():
-    """InceptionV3 whose BatchNormalization has statistics unlike those of any batch of PHOTOS."""
-    keras.utils.set_random_seed(0)
-    model = study.build_model(3, 75, "none")
-    rng = np.random.default_rng(0)
-    for layer in model.layers:
-        if isinstance(layer, layers.BatchNormalization):
-            beta, mean, variance = layer.get_weights()
-            beta = beta + rng.normal(size=beta.shape)
-            layer.set_weights([beta, mean, rng.uniform(0.5, 2, variance.shape)])
-        if isinstance(layer, layers.Dropout):
-            layer.rate = 0  # the only part that may differ from call to call
-    return model
 
 
 def of_type(model, layer_type):
     return [layer for layer in model.layers if isinstance(layer, layer_type)]
 
 
-def test_the_first_fine_tuning_step_has_the_loss_of_the_heads_last_on_the_same_batch(used_model):
-    head, fine_tuning = study.training_phases(10, "imagenet", "mixed2")
-    entropy = keras.losses.CategoricalCrossentropy()
-    study.freeze(used_model, head)
-    before = float(entropy(LABELS, used_model(PHOTOS, training=True)))
-    study.freeze(used_model, fine_tuning)
-    after = float(entropy(LABELS, used_model(PHOTOS, training=True)))
-    validation = float(entropy(LABELS, used_model(PHOTOS, training=False)))
-    np.testing.assert_allclose([after, validation], before, rtol=1e-5)
+# ---- The model ----
 
 
-@pytest.mark.parametrize("below", ["none", "mixed2", "mixed7"])
-def test_normalization_keeps_its_statistics_in_fine_tuning_and_learns_from_scratch(
-    used_model, below
-):
-    for phase in study.training_phases(10, "imagenet", below):
-        study.freeze(used_model, phase)
-        assert not any(it.trainable for it in of_type(used_model, layers.BatchNormalization))
-    learning = sum(it.trainable for it in of_type(used_model, layers.Conv2D))
+def test_the_first_convolution_receives_pixels_from_minus_one_to_one_as_rgb(inception):
+    """Its activations are worked out by hand from the photo and the kernel."""
+    model, _ = inception
+    first = of_type(model, layers.Conv2D)[0]
+    (kernel,) = first.get_weights()  # (3, 3, 3, 32): rows, columns, red to blue, channels
+    photos = np.zeros((4, 75, 75, 3), "float32")
+    photos[1] = 255
+    photos[2, ..., 0] = 255
+    photos[3] = np.random.default_rng(0).uniform(0, 255, (75, 75, 3))
+    black, white, red, noise = keras.Model(model.input, first.output)(photos).numpy()
+    of_channel = kernel.sum((0, 1, 2))
+    np.testing.assert_allclose(black[5, 7], -of_channel, atol=1e-5)
+    np.testing.assert_allclose(white[5, 7], of_channel, atol=1e-5)
+    np.testing.assert_allclose(red[5, 7], 2 * kernel[:, :, 0].sum((0, 1)) - of_channel, atol=1e-5)
+    patch = photos[3, 10:13, 14:17] / 127.5 - 1  # strides of 2, nothing padded
+    np.testing.assert_allclose(noise[5, 7], (patch[..., None] * kernel).sum((0, 1, 2)), atol=1e-4)
+
+
+def test_the_head_takes_means_loses_a_tenth_in_training_and_ends_in_a_softmax(inception):
+    model, _ = inception
+    photos = np.random.default_rng(1).uniform(0, 255, (2, 75, 75, 3)).astype("float32")
+    hidden, classes = of_type(model, layers.Dense)
+    (dropout,) = of_type(model, layers.Dropout)
+    blocks = model.get_layer("mixed10").output
+    maps, learnt, probabilities = keras.Model(
+        model.input, [blocks, hidden.output, model.output]
+    ).predict(photos, verbose=0)
+    weights, bias = hidden.get_weights()
+    by_hand = np.maximum(0, maps.mean((1, 2)) @ weights + bias)
+    np.testing.assert_allclose(learnt, by_hand, rtol=1e-3, atol=1e-4)
+    weights, bias = classes.get_weights()
+    powers = np.exp(by_hand @ weights + bias)
+    np.testing.assert_allclose(probabilities, powers / powers.sum(1, keepdims=True), atol=1e-4)
+    lost = np.array(dropout(np.ones((1, 20_000), "float32"), training=True)) == 0
+    assert np.mean(lost) == pytest.approx(0.1, abs=0.02)
+
+
+def test_moving_statistics_follow_within_the_steps_of_a_short_run(inception):
+    """After 50 steps they have left 0.9 ** 50 of what they were, half a percent; Keras's momentum
+    would leave 60."""
+    momenta = {layer.momentum for layer in of_type(inception[0], layers.BatchNormalization)}
+    assert all(momentum**50 < 0.01 for momentum in momenta)
+
+
+# ---- Phases ----
+
+
+def test_the_first_fine_tuning_step_has_the_loss_of_the_heads_last_on_the_same_batch():
+    """As BatchNormalization keeps its statistics, which here are unlike those of any batch."""
+    keras.utils.set_random_seed(0)
+    model, rng = small_inception(3, 75), np.random.default_rng(0)
+    for layer in of_type(model, layers.BatchNormalization):
+        gamma, beta, mean, variance = layer.get_weights()
+        statistics = [rng.normal(size=mean.shape), rng.uniform(0.5, 2, variance.shape)]
+        layer.set_weights([gamma, beta, *statistics])
+    photos = rng.uniform(0, 255, (4, 75, 75, 3)).astype("float32")
+    labels = np.eye(3, dtype="float32")[[0, 1, 2, 0]]
+    entropy, losses = keras.losses.CategoricalCrossentropy(), []
+    for phase in study.training_phases(10, "imagenet", "mixed2"):
+        study.freeze(model, phase)
+        losses.append(float(entropy(labels, model(photos, training=True))))
+    validation = float(entropy(labels, model(photos, training=False)))
+    np.testing.assert_allclose(losses, validation, rtol=1e-5)
+    study.freeze(model, study.training_phases(10, "none", "mixed2")[0])
+    from_scratch = float(entropy(labels, model(photos, training=True)))
+    assert abs(from_scratch - validation) > 1e-3  # there the statistics of the batch count
+
+
+@pytest.mark.parametrize(("below", "frozen"), [("none", 0), ("mixed2", 19), ("mixed7", 60)])
+def test_in_inceptionv3_the_convolutions_below_a_block_are_frozen(inception, below, frozen):
     # The stem has 5 convolutions, mixed0 to mixed2 have 7 each, mixed3 has 4, mixed4 to mixed6 10.
-    below_mixed2, below_mixed7 = 5 + 2 * 7, 5 + 3 * 7 + 4 + 3 * 10
-    frozen = {"none": 0, "mixed2": below_mixed2, "mixed7": below_mixed7}[below]
-    assert learning == 94 - frozen
-    study.freeze(used_model, study.training_phases(10, "none", below)[0])
-    assert all(layer.trainable for layer in used_model.layers)
+    model, _ = inception
+    head, fine_tuning = study.training_phases(10, "imagenet", below)
+    scratch = study.training_phases(10, "none", below)[0]
+    for phase, learning in ((head, 0), (fine_tuning, 94 - frozen), (scratch, 94)):
+        study.freeze(model, phase)
+        assert sum(layer.trainable for layer in of_type(model, layers.Conv2D)) == learning
+        normalizing = sum(it.trainable for it in of_type(model, layers.BatchNormalization))
+        assert normalizing == (94 if phase is scratch else 0)
+        assert all(layer.trainable for layer in of_type(model, layers.Dense))
+
+
+# ---- Weights ----
+
+
+def weights_by_name(model):
+    """The weights of the 94 convolutions and normalizations, in the order of their creation.
+
+    Keras numbers the layers of a type: conv2d_9, conv2d_10.
+    """
+
+    def number(layer):
+        return int(layer.name.rpartition("_")[2]) if layer.name[-1].isdigit() else 0
+
+    ordered = [
+        sorted(of_type(model, it), key=number) for it in (layers.Conv2D, layers.BatchNormalization)
+    ]
+    assert [len(layers_of_type) for layers_of_type in ordered] == [94, 94]
+    return [weight for of_type in ordered for layer in of_type for weight in layer.get_weights()]
+
+
+def assert_same_weights(model, expected):
+    for got, wanted in zip(weights_by_name(model), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def positions(model):
+    return [model.get_layer(name).output.shape[1:3] for name in ("mixed7", "mixed10")]
 
 
 def write_keras_2_layout(path, model):
@@ -66,69 +136,70 @@ def write_keras_2_layout(path, model):
         save_weights_to_hdf5_group(file, model)
 
 
-def weights_in_order(model):
-    """The weights of the convolutions and normalizations, in the order of their creation."""
-    kept = (layers.Conv2D, layers.BatchNormalization)
-    graph = study.nodes(model)
-    return [node.operation.get_weights() for node in graph if isinstance(node.operation, kept)]
-
-
 @pytest.fixture(scope="module")
-def weight_files(tmp_path_factory):
-    """Files of every kind that hold the same InceptionV3, and its weights."""
-    folder = tmp_path_factory.mktemp("weights")
-    full = keras.applications.InceptionV3(weights=None)  # as Keras makes it: 299 px, 1000 classes
+def pretrained():
+    """The backbone as Keras makes it, with a value of its own for each weight, so that a swap of
+    two layers of one shape shows."""
+    backbone = keras.applications.InceptionV3(
+        include_top=False, weights=None, input_shape=(75, 75, 3)
+    )
     rng = np.random.default_rng(0)
-    # A value of its own for each weight, so that a swap of two layers of one shape shows.
-    full.set_weights([rng.random(it.shape, "float32") for it in full.get_weights()])
-    backbone = keras.Model(full.input, full.get_layer("mixed10").output)
-    write_keras_2_layout(folder / "inception_v3_kernels.h5", full)
-    write_keras_2_layout(folder / "inception_v3_kernels_notop.h5", backbone)
-    backbone.save_weights(folder / "notop.weights.h5")
-    full.save_weights(folder / "full.weights.h5")
-    full.save(folder / "full.keras")
-    return sorted(folder.iterdir()), weights_in_order(backbone)
+    backbone.set_weights([rng.random(it.shape, "float32") for it in backbone.get_weights()])
+    return backbone
 
 
-def test_every_kind_of_file_gives_its_weights_to_the_layers_they_belong_to(weight_files):
-    paths, expected = weight_files
-    base = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(75, 75, 3))
-    for path in paths:
-        base.set_weights([np.zeros_like(weight) for weight in base.get_weights()])
-        study.load_backbone_weights(base, path)
-        for got, wanted in zip(weights_in_order(base), expected, strict=True):
-            assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True)), path
-
-
-def test_from_scratch_small_photos_keep_more_positions_and_weights_keep_their_strides(
-    weight_files, tmp_path
+@pytest.mark.parametrize(
+    ("name", "size"), [("notop.weights.h5", 139), ("inception_v3_kernels_notop.h5", 75)]
+)
+def test_files_without_a_classifier_give_their_weights_and_keep_their_strides(
+    pretrained, tmp_path, name, size
 ):
-    def positions(model):
-        return [model.get_layer(name).output.shape[1:3] for name in ("mixed7", "mixed10")]
-
-    fresh = study.build_model(2, 139, "none")
-    fresh.save(tmp_path / "fresh.keras")
-    further = study.build_model(2, 139, str(tmp_path / "fresh.keras"))
-    for old, new in zip(weights_in_order(fresh), weights_in_order(further), strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(old, new, strict=True))
+    path = tmp_path / name
+    write = write_keras_2_layout if "kernels" in name else lambda path, it: it.save_weights(path)
+    write(path, pretrained)
+    model = study.build_model(2, size, str(path))
+    assert_same_weights(model, weights_by_name(pretrained))
+    assert model.output_shape == (None, 2) and model.input_shape == (None, size, size, 3)
     # A window of 3 × 3 on 7 × 7 positions has 5 × 5 places; every second one is 3 × 3.
-    assert positions(fresh) == positions(further) == [(7, 7), (5, 5)]
-    field = study.receptive_fields(fresh)["mixed10"]
-    assert field.stride == (16, 16) and field.centre == (37, 37)
-    (pretrained,) = (path for path in weight_files[0] if path.suffix == ".keras")
-    assert positions(study.build_model(2, 139, str(pretrained))) == [(7, 7), (3, 3)]
+    assert positions(model) == ([(7, 7), (3, 3)] if size == 139 else [(3, 3), (1, 1)])
+
+
+def test_from_scratch_small_photos_keep_more_positions_and_a_model_gives_its_own_strides(tmp_path):
+    fresh = study.build_model(2, 139, "none")
+    assert positions(fresh) == [(7, 7), (5, 5)]
+    fresh.save(tmp_path / "fresh.keras")
+    further = study.build_model(4, 139, str(tmp_path / "fresh.keras"))
+    assert_same_weights(further, weights_by_name(fresh))
+    assert positions(further) == [(7, 7), (5, 5)] and further.output_shape == (None, 4)
+
+
+def test_from_scratch_photos_of_203_pixels_keep_inceptions_strides():
     assert positions(study.build_model(2, 203, "none")) == [(11, 11), (5, 5)]
 
 
-def test_a_file_of_another_model_is_refused_with_the_names_of_files_that_fit(tmp_path):
+def test_files_that_do_not_hold_inceptions_weights_are_named(inception, tmp_path):
     small = keras.Sequential([keras.Input((4,)), layers.Dense(2)])
-    write_keras_2_layout(tmp_path / "other.h5", small)
-    small.save(tmp_path / "other.keras")
-    small.save_weights(tmp_path / "other.weights.h5")
+    small.save(tmp_path / "foreign.keras")
+    corrupt = inception[1].read_bytes()[:5000]
+    (tmp_path / "corrupt.keras").write_bytes(corrupt)
+    small.save_weights(tmp_path / "foreign.weights.h5")
     (tmp_path / "text.h5").write_text("no HDF5")
-    base = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(75, 75, 3))
-    for path in tmp_path.iterdir():
+    for path in [*tmp_path.iterdir(), tmp_path / "absent.keras"]:
         with pytest.raises(study.Stop) as stop:
-            study.load_backbone_weights(base, path)
-        assert str(path) in str(stop.value), path
-        assert "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5" in str(stop.value)
+            study.build_model(3, 75, str(path))
+        message = str(stop.value)
+        assert stop.value.exit_code == 2 and message.startswith("--weights"), path
+        assert str(path) in message and message.count("\n") <= 2
+
+
+def test_an_imagenet_download_that_fails_names_address_file_and_other_choices(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens: there is no network
+    with pytest.raises(study.Stop) as stop:
+        study.build_model(3, 75, "imagenet")
+    message = str(stop.value)
+    file = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    assert f"/{file}" in message and "https://" in message
+    assert os.path.join(os.environ["KERAS_HOME"], "models", file) in message  # noqa: PTH118
+    assert "--weights FILE" in message and "--weights none" in message
+    assert message.count("\n") <= 2 and stop.value.exit_code == 1
