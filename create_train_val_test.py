@@ -723,7 +723,7 @@ def failure_message(error):
 
 
 def run(main):
-    """Call main(), and end the process with a message and an exit code where it does not succeed.
+    """What main() returns; ends the process with a message and an exit code if it does not succeed.
 
     The code is 1 after an I/O or runtime failure, 2 on bad input, 130 after Ctrl-C, 143 after
     SIGTERM.
@@ -732,9 +732,9 @@ def run(main):
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a photo is said by name
     try:
         with _unwound_by_sigterm():
-            main()
+            result = main()
             sys.stdout.flush()
-        return
+        return result
     except Stop as stop:
         message, exit_code = str(stop), stop.exit_code
     except KeyboardInterrupt:

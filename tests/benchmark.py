@@ -170,7 +170,8 @@ class Bench:
         """(count, size, size, 3) uint8, spread over the classes."""
         files = sorted(self.data.glob("test/*/*"))
         chosen = np.linspace(0, len(files) - 1, count).round().astype(int)
-        return np.stack([study.model_input(files[k], size, size) for k in chosen])
+        read = study.photo_reader((size, size))
+        return np.stack([read(files[k]) for k in chosen])
 
     def model(self, size=None):
         """The given model at its own size or another (no weight depends on it), else untrained."""
@@ -486,8 +487,9 @@ def measure_first_run(bench):
         taken = time.perf_counter() - start
         loss, accuracy = re.search(r"Test: loss ([\d.]+)  accuracy ([\d.]+)", printed).groups()
         bench.model_file, bench.given_data = file, drawn
-        (fall, blob, _), _ = mean_falls(*model_and_test(bench))
-        placed, _, area = energy_on_flower(bench.model(), bench.masked_per_class)
+        network, photos, labels = network_and_test(bench)
+        (fall, blob, _), _ = mean_falls(network, photos, labels)
+        placed, _, area = energy_on_flower(network, bench.masked_per_class)
         energy = placed.mean() / area.mean()
         figures.append((float(accuracy), float(loss), taken, fall, blob, energy))
         print(f"seed {seed}: {figures[-1]}", flush=True)
@@ -602,9 +604,9 @@ def clipped_share(pictures):
 
 
 def any_size_extractor(model, layer_name):
-    """A model from images of any size to the output of a layer."""
-    image = keras.Input((None, None, 3))
-    return keras.Model(image, study.rebuild(study.feature_extractor(model, (layer_name,)), image))
+    """A function of images of any size that returns the output of a layer."""
+    network = study.Network(model)
+    return lambda images, training=False: network.compute(images, [layer_name])[0]
 
 
 def pattern_peers(bench, model, layer_name):
@@ -677,7 +679,7 @@ def compare_judgement(bench, convolution, name, kind, ours, theirs):
 def compare_patterns(bench):
     """Each of our sheets against three other ways to draw it."""
     model = bench.model()
-    for convolution in study.choose_convolutions(model, study.PATTERN_CONVOLUTIONS):
+    for convolution in study.Network(model).nearest_convolutions(study.PATTERN_CONVOLUTIONS):
         compare_sheet(bench, model, convolution)
 
 
@@ -687,7 +689,7 @@ def compare_patterns(bench):
 def tutorial_grids(model, pixels, folder):
     """The tutorial's and the book's grids: a prediction a layer, channels standardised one by one,
     shown by imshow."""
-    for convolution in study.choose_convolutions(model, study.GRID_CONVOLUTIONS):
+    for convolution in study.Network(model).nearest_convolutions(study.GRID_CONVOLUTIONS):
         for name in (convolution.layer, convolution.activation):
             output = model.get_layer(name).output
             activation = keras.Model(model.input, output).predict(pixels[None])[0]
@@ -708,7 +710,7 @@ def tutorial_grids(model, pixels, folder):
 
 def tutorial_heatmap(model, pixels, file):
     """The tutorial's heatmap: Grad-CAM of the predicted probability, stretched over the photo."""
-    features = model.get_layer(study.heatmap_layer(model)).output
+    features = model.get_layer(study.Network(model).heatmap_layer).output
     gradient_model = keras.Model(model.input, [features, model.output])
     with tf.GradientTape() as tape:
         maps, probabilities = gradient_model(pixels[None].astype("float32"))
@@ -724,7 +726,7 @@ def tutorial_pictures(bench, model, photos):
     """Seconds for the tutorial's 6 grids, 3 sheets of 64 patterns (one of each drawn and scaled
     up), 3 heatmaps."""
     total = seconds(tutorial_grids, model, photos[0], bench.scratch)
-    for convolution in study.choose_convolutions(model, study.PATTERN_CONVOLUTIONS):
+    for convolution in study.Network(model).nearest_convolutions(study.PATTERN_CONVOLUTIONS):
         extractor = keras.Model(model.input, model.get_layer(convolution.layer).output)
         options = {"steps": bench.tutorial_steps, "size": model.input_shape[1]}
         one = seconds(tutorial_pattern, extractor, convolution.channels // 2, **options)
@@ -799,7 +801,8 @@ def compare_gradcam(bench):
     from tf_keras_vis.utils.scores import CategoricalScore
 
     model, rng = bench.model(), np.random.default_rng(0)
-    layer, size = study.heatmap_layer(model), model.input_shape[1]
+    network = study.Network(model)
+    layer, size = network.heatmap_layer, model.input_shape[1]
     drawn = [draw_flower(CLASS_NAMES[k % 5], rng, size)[0] for k in range(10)]
     photos = [photo.astype("float32") for photo in drawn]
     targets = model.predict(np.stack(photos)).argmax(1)
@@ -808,7 +811,7 @@ def compare_gradcam(bench):
 
     def ours():
         pairs = zip(photos, targets, strict=True)
-        return [study.grad_cam(model, photo, layer, target) for photo, target in pairs]
+        return [study.grad_cam(network, photo, layer, target) for photo, target in pairs]
 
     def theirs():
         scores = [CategoricalScore(int(target)) for target in targets]
@@ -822,27 +825,26 @@ def compare_gradcam(bench):
     bench.times(what, own, peer, "tf-keras-vis", "{:.2f} s".format)
 
 
-def model_and_test(bench):
-    """The given model, the test photos as it sees them, and their labels."""
-    model = bench.model()
-    size = study.input_size(model)
-    test, _ = study.open_split(bench.data / "test", size, 1)
-    return model, [study.model_input(path, *size) for path in test.paths], test.labels
+def network_and_test(bench):
+    """The given model as a Network, the test photos as it sees them, and their labels."""
+    network = study.Network(bench.model())
+    test, _ = study.open_split(bench.data / "test", network.input_size, 1)
+    return network, [test.read(path) for path in test.paths], test.labels
 
 
-def mean_falls(model, photos, labels):
+def mean_falls(network, photos, labels):
     """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and
     a random map; and of how many photos."""
-    layer, size = study.heatmap_layer(model), study.input_size(model)
-    field, rng = study.receptive_fields(model)[layer], np.random.default_rng(0)
-    heatmaps = heatmaps_of(model, layer, photos, labels)
+    layer, size = network.heatmap_layer, network.input_size
+    field, rng = network.receptive_fields[layer], np.random.default_rng(0)
+    heatmaps = heatmaps_of(network, layer, photos, labels)
     # The others mark nothing, and their captions say so.
     marking = np.flatnonzero(heatmaps.any((1, 2)))
     photos, labels, count = [photos[k] for k in marking], np.asarray(labels)[marking], len(marking)
 
     def probabilities(masks):
         batches = [slice(start, start + 32) for start in range(0, count, 32)]
-        scores = [study.deletion_scores(model, photos[it], masks[it]) for it in batches]
+        scores = [study.deletion_scores(network, photos[it], masks[it]) for it in batches]
         return np.concatenate(scores)[range(count), labels]
 
     before = probabilities([np.zeros(size, bool)] * count)
@@ -853,9 +855,9 @@ def mean_falls(model, photos, labels):
     return [np.mean(before - probabilities(masks)) for masks in fractions], count
 
 
-def heatmaps_of(model, layer, photos, labels):
+def heatmaps_of(network, layer, photos, labels):
     """The (n, h, w) Grad-CAM heatmaps of n photos, each for its label."""
-    forward, heatmaps = partial(study.features_and_logits(model, (layer,)), training=False), []
+    forward, heatmaps = partial(network.compute, names=[layer, study.LOGITS]), []
     for start in range(0, len(photos), 16):
         inputs = tf.constant(np.stack(photos[start : start + 16]), "float32")
         (of_batch,) = study.batch_grad_cam(forward, inputs, np.c_[labels[start : start + 16]])
@@ -863,15 +865,15 @@ def heatmaps_of(model, layer, photos, labels):
     return np.concatenate(heatmaps)
 
 
-def energy_on_flower(model, per_class):
+def energy_on_flower(network, per_class):
     """Shares (3, 5 classes) on the flower: of the heatmap's energy, a stretched one's, the area."""
-    layer, size, shares = study.heatmap_layer(model), model.input_shape[1], np.zeros((3, 5))
-    field, labels, drawn = study.receptive_fields(model)[layer], [], []
+    layer, size, shares = network.heatmap_layer, network.input_size[0], np.zeros((3, 5))
+    field, labels, drawn = network.receptive_fields[layer], [], []
     for label, k in np.ndindex(5, per_class):
         rng = np.random.default_rng([99, label, k])
         drawn.append(draw_flower(CLASS_NAMES[label], rng, size))
         labels.append(label)
-    heatmaps = heatmaps_of(model, layer, [photo for photo, _ in drawn], labels)
+    heatmaps = heatmaps_of(network, layer, [photo for photo, _ in drawn], labels)
     for heatmap, label, (_, flower) in zip(heatmaps, labels, drawn, strict=True):
         if not heatmap.any():
             heatmap = np.ones_like(heatmap)  # an empty map is as good as one that marks everything
@@ -887,8 +889,8 @@ def measure_trust(bench):
     if not bench.model_file:
         bench.row("Trust in heatmaps", "not measured", "needs a trained model: --model FILE")
         return
-    model, photos, labels = model_and_test(bench)
-    (grad_cam, blob, random), count = mean_falls(model, photos, labels)
+    network, photos, labels = network_and_test(bench)
+    (grad_cam, blob, random), count = mean_falls(network, photos, labels)
     counts = f"{count} of {len(photos)} test photos"
     what = f"Mean fall of the true class's probability without the hottest fifth, {counts}"
     for fall, name in ((blob, "a centred blob"), (random, "a random smooth map")):
@@ -898,8 +900,8 @@ def measure_trust(bench):
             f"{fall:.3f}: {name}",
             f"{grad_cam / fall:.2f} ×" if fall > 0 else "",
         )
-    if model.output_shape[-1] == len(CLASS_NAMES):
-        placed, stretched, area = energy_on_flower(model, bench.masked_per_class)
+    if network.class_count == len(CLASS_NAMES):
+        placed, stretched, area = energy_on_flower(network, bench.masked_per_class)
         count = bench.masked_per_class * 5
         what = f"Heatmap energy on the flower, {count} drawn flowers; range: classes"
         for peer, name in (
@@ -914,37 +916,35 @@ def measure_trust(bench):
 # ---- The page ------------------------------------------------------------------------------------
 
 
-def predictions_alone(model, paths):
+def predictions_alone(network, read, paths):
     """What an evaluation needs of the photos, and no more."""
-    extract = study.traced_extractor(model, ())
-    for pixels in study.pixel_batches(model, paths):
-        study.maps_and_logits(model, extract(pixels)[0])
+    predict = tf.function(lambda photos: network.compute(photos, [study.LOGITS], folded=True)[0])
+    for start in range(0, len(paths), study.PHOTOS_AT_ONCE):
+        pixels = [read(path) for path in paths[start : start + study.PHOTOS_AT_ONCE]]
+        predict(tf.constant(np.stack(pixels), tf.float32)).numpy()
 
 
 def measure_page(bench):
     """What the page adds to the evaluation and the pictures, for few and for many test photos."""
     model = bench.model()
-    test, names = study.open_split(bench.data / "test", study.input_size(model), 1)
+    network = study.Network(model)
+    test, names = study.open_split(bench.data / "test", network.input_size, 1)
     for count in bench.page_photos:
         paths = [Path(path) for path in np.resize(test.paths, count)]
         labels = np.resize(test.labels, count)
         output = bench.scratch / f"page_{count}"
         output.mkdir()
-        alone = seconds(predictions_alone, model, paths)
+        alone = seconds(predictions_alone, network, test.read, paths)
         start = time.perf_counter()
-        survey = study.survey_photos(model, paths, labels)
+        survey = study.survey_photos(network, paths, labels, names, test.read)
         surveyed = time.perf_counter() - start
-        evaluation = survey.evaluation(names)
-        explained = study.explain_photos(model, survey, evaluation, names)
-        shown = list(explained.values())
+        explained = study.explain_chosen(survey)
         with contextlib.redirect_stdout(io.StringIO()), study.Progress() as progress:
-            drawn = study.draw_pictures(output, model, survey, evaluation, shown, None, 0, progress)
+            pictures = study.draw_pictures(output, survey, explained, None, 0, progress)
             before = set(output.iterdir())
-            start = time.perf_counter()
-            facts = study.run_facts(model, names, evaluation, None, "")
-            facts |= study.page_facts(output, model, survey, explained, drawn, progress)
-            (output / "run.js").write_text(study.script_text(facts), "ascii")
-            written = time.perf_counter() - start
+            written = seconds(
+                study.draw_page, output, survey, explained, pictures, None, "", progress
+            )
         megabytes = sum(path.stat().st_size for path in set(output.iterdir()) - before) / 1e6
         added = surveyed - alone + written
         memory = f", {own_peak_memory():.1f} GiB at most" if own_peak_memory() else ""
