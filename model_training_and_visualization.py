@@ -253,7 +253,7 @@ def open_all_splits(data, size, batch_size, seed):
             different = ", ".join(map(printable, sorted(set(others) ^ set(class_names))))
             folders = f"{printable(data / 'train')} and {printable(data / name)}"
             message = f"{folders} hold different classes: {different}."
-            raise Stop(f"{message}\nSplit again: {split_command(data)}")
+            raise Stop(f"{message}\nSplit again: {_split_command(data)}")
     return {name: batches for name, (batches, _) in opened.items()}, class_names
 
 
@@ -263,7 +263,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     read: a photo_reader of this size that others share. Raises Stop where classes or their photos
     are missing, or a photo does not decode.
     """
-    remedy = "Split your photos: " + split_command(folder.parent)
+    remedy = "Split your photos: " + _split_command(folder.parent)
     if not folder.is_dir():
         raise Stop(f"{printable(folder)}: no such folder.\n{remedy}")
     class_names = class_folders(folder)
@@ -280,7 +280,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
         for _ in map_photos(paths, read, f"Checking {folder.name}"):
             pass
     except Stop as stop:
-        raise Stop(f"{stop}\nRemove it, or split again: {split_command(folder.parent)}") from stop
+        raise Stop(f"{stop}\nRemove it, or split again: {_split_command(folder.parent)}") from stop
     batches = PhotoBatches(paths, labels, len(class_names), read, batch_size, generator, seed)
     return batches, class_names
 
@@ -291,7 +291,7 @@ def photo_files(folder):
     return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
-def split_command(folder):
+def _split_command(folder):
     """The command that fills the folder with train, validation and test."""
     words = ["python", "create_train_val_test.py", "PHOTOS", "--output", os.fspath(folder)]
     if any((folder / name).exists() for name in SPLITS):
@@ -368,14 +368,14 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
             affine = {
                 name: transform_parameters[name] for name in names if name in transform_parameters
             }
-            x = affine_warp(x, **affine)
+            x = _affine_warp(x, **affine)
             transform_parameters = {
                 name: value for name, value in transform_parameters.items() if name not in names
             }
         return super().apply_transform(x, transform_parameters)
 
 
-def affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
+def _affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
     """Keras's affine transform of a (height, width, 3) photo, its edge pixels carried on outwards.
 
     theta and shear in degrees, tx and ty in pixels, zx and zy as factors of the scale.
@@ -635,6 +635,8 @@ def freeze(model, phase):
 # The test photos took no part in training, nor in the choice of the best epoch: their metrics tell
 # how the model does on photos that it has never met. They are computed once, at the end.
 
+FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -732,7 +734,7 @@ def evaluation_report(evaluation):
     photos = evaluation.confusion.sum(1)
     columns = zip(names, evaluation.precision, evaluation.recall, photos, strict=True)
     for name, precision, recall, count in columns:
-        precision, recall = share_text(precision), share_text(recall)
+        precision, recall = _share_text(precision), _share_text(recall)
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
     lines.append(most_confused(evaluation.confusion, names))
     if evaluation.is_no_better_than_chance:
@@ -742,7 +744,7 @@ def evaluation_report(evaluation):
     return "\n".join(lines)
 
 
-def share_text(share):
+def _share_text(share):
     """A share in two digits, or a dash where there is none (nan)."""
     return "—" if np.isnan(share) else f"{share:.2f}"
 
@@ -804,30 +806,30 @@ def activation_grid(model, photo, layer_name):
     """
     network = network_of(model)
     (activation,) = network.activations(network.as_batch(photo), [layer_name])
-    return grid_sheet(activation[0])
+    return _grid_sheet(activation[0])
 
 
-def grid_sheet(activation):
+def _grid_sheet(activation):
     """A sheet of the channels of an (h, w, channels) activation, 16 a row."""
-    return tile(channel_tiles(activation), columns=grid_columns(activation.shape[2]))
+    return tile(_channel_tiles(activation), columns=_grid_columns(activation.shape[2]))
 
 
-def grid_columns(channels):
+def _grid_columns(channels):
     return min(16, channels)
 
 
-def grid_tile_side(channels):
+def _grid_tile_side(channels):
     """The side in pixels of a channel's tile, smaller where there are many."""
     return int(np.clip(1800 / math.sqrt(channels), 24, 96))
 
 
-def channel_tiles(activation):
+def _channel_tiles(activation):
     """Pictures (channels, side, side, 3) uint8 of an (h, w, channels) activation.
 
     Each channel has a scale of its own. One that is 0 everywhere becomes a grey cross.
     """
     channels = activation.shape[2]
-    side = grid_tile_side(channels)
+    side = _grid_tile_side(channels)
     interpolation = cv2.INTER_AREA if activation.shape[0] > side else cv2.INTER_NEAREST
     tiles = np.empty((channels, side, side, 3), "uint8")
     for index in range(channels):
@@ -866,9 +868,9 @@ def draw_grids(output, network, explanation):
             (activation,) = activations[layer]
             caption = _grid_caption(title, activation, explanation.name)
             channels = activation.shape[2]
-            tiles = {"side": grid_tile_side(channels), "columns": grid_columns(channels)}
+            tiles = {"side": _grid_tile_side(channels), "columns": _grid_columns(channels)}
             silent = ~activation.any((0, 1))
-            place = save_sheet(output / file, grid_sheet(activation), caption)
+            place = save_sheet(output / file, _grid_sheet(activation), caption)
             sheet = sheet_facts(convolution, layer, tiles, silent, place)
             pictures.append(Picture(file, caption, sheet))
     return pictures
@@ -940,9 +942,9 @@ def filter_patterns(
     network = network_of(model)
     convolution = network.convolution(layer_name)
     field = network.receptive_fields[layer_name]
-    margin = canvas_margin(field)
-    waves, scale = wave_basis(max(field.size), margin, size)
-    step = ascent_step(network, layer_name, waves, scale, margin)
+    margin = _canvas_margin(field)
+    waves, scale = _wave_basis(max(field.size), margin, size)
+    step = _ascent_step(network, layer_name, waves, scale, margin)
     canvas = waves[:, margin : margin + size]
     filters = np.asarray(filters, "int32")
     pictures = np.zeros((len(filters), size, size, 3), "uint8")
@@ -951,14 +953,14 @@ def filter_patterns(
         silent = np.flatnonzero(~fires)
         for start in range(0, len(silent), FILTERS_AT_ONCE):
             piece = silent[start : start + FILTERS_AT_ONCE]
-            noise = start_noise(filters[piece], (seed, attempt), scale)
+            noise = _start_noise(filters[piece], (seed, attempt), scale)
             coefficients = tf.constant(strength * noise)
             momentum = tf.zeros_like(coefficients)
             with bfloat16_where_fast():
                 for _ in range(steps):
                     coefficients, momentum = step(coefficients, momentum, filters[piece])
-            image = waves_to_image(coefficients, canvas, scale)
-            pictures[piece] = np.rint(full_contrast(image))
+            image = _waves_to_image(coefficients, canvas, scale)
+            pictures[piece] = np.rint(_full_contrast(image))
             finished = tf.constant(pictures[piece], tf.float32)
             (activation,) = network.compute(finished, [convolution.activation], folded=True)
             peaks = np.max(activation, axis=(1, 2))  # (n, channels)
@@ -968,7 +970,7 @@ def filter_patterns(
     return pictures, fires
 
 
-def ascent_step(network, layer_name, waves, scale, margin):
+def _ascent_step(network, layer_name, waves, scale, margin):
     """A function of coefficients (n, 3, waves, waves), momentum and filters (n,): one step further.
 
     It returns the coefficients and the momentum after a step up the gradient of each filter's mean
@@ -988,18 +990,18 @@ def ascent_step(network, layer_name, waves, scale, margin):
     def step(coefficients, momentum, filters):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(coefficients)
-            images = bounded(waves_to_image(coefficients, waves, scale))
+            images = _bounded(_waves_to_image(coefficients, waves, scale))
             (maps,) = network.compute(images, [layer_name], folded=True)
             means = tf.reduce_mean(maps[:, start[0] : end[0], start[1] : end[1]], (1, 2))
             # An image changes only its own mean, so the gradient of the sum is each image's own.
             activation = tf.reduce_sum(tf.gather(means, filters, axis=1, batch_dims=1))
         momentum = PATTERN_MOMENTUM * momentum + tape.gradient(activation, coefficients)
-        return coefficients + PATTERN_RATE * momentum / wave_strength(momentum, scale), momentum
+        return coefficients + PATTERN_RATE * momentum / _wave_strength(momentum, scale), momentum
 
     return step
 
 
-def canvas_margin(field):
+def _canvas_margin(field):
     """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
 
     About half of what a filter sees, at most PATTERN_MARGIN. In whole strides, so that the
@@ -1011,7 +1013,7 @@ def canvas_margin(field):
     return max(1, reach // stride) * stride
 
 
-def wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
+def _wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
     """The waves of a canvas, (waves, size + 2 * margin), and their (waves, waves) scale.
 
     Waves longer than the filter sees are scaled like the longest one that it sees.
@@ -1032,7 +1034,7 @@ def wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
     return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
 
 
-def start_noise(filters, seeds, scale):
+def _start_noise(filters, seeds, scale):
     """Coefficients (n, 3, waves, waves) of noise with a root mean square of 1 grey level.
 
     A filter gets the same noise whichever other filters are drawn with it.
@@ -1040,39 +1042,39 @@ def start_noise(filters, seeds, scale):
     shape = (3, *scale.shape)
     noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
     noise = np.stack(noise).astype("float32")
-    return noise / wave_strength(noise, scale).numpy()
+    return noise / _wave_strength(noise, scale).numpy()
 
 
-def wave_strength(coefficients, scale):
+def _wave_strength(coefficients, scale):
     """Root mean square of the images that waves add up to, in grey levels: (n, 1, 1, 1).
 
     As the waves are orthogonal, no image need be drawn for it (Parseval's theorem).
     """
-    squares = tf.reduce_sum(in_rgb(coefficients, scale) ** 2, (2, 3), keepdims=True)
+    squares = tf.reduce_sum(_in_rgb(coefficients, scale) ** 2, (2, 3), keepdims=True)
     return tf.sqrt(tf.reduce_mean(squares, 1, keepdims=True)) + 1e-12
 
 
-def waves_to_image(coefficients, waves, scale):
+def _waves_to_image(coefficients, waves, scale):
     """The sum of waves, (n, 3, waves, waves), as RGB about 0: (n, size, size, 3) float32."""
-    planes = tf.matmul(waves, tf.matmul(in_rgb(coefficients, scale), waves), transpose_a=True)
+    planes = tf.matmul(waves, tf.matmul(_in_rgb(coefficients, scale), waves), transpose_a=True)
     return tf.transpose(planes, (0, 2, 3, 1))
 
 
-def in_rgb(coefficients, scale):
+def _in_rgb(coefficients, scale):
     """The strengths of the waves in red, green and blue, from their coefficients."""
     return tf.einsum("ncyx,rc->nryx", scale * coefficients, COLOURS)
 
 
-def bounded(image):
+def _bounded(image):
     """The image about 0 as RGB from 8 to 247, bent smoothly towards the bounds, not clipped."""
     return 127.5 + 119.5 * tf.tanh(image / 119.5)
 
 
-def full_contrast(image):
+def _full_contrast(image):
     """The image (n, size, size, 3) stretched about its mean colour, as RGB from 8 to 247."""
     mean = tf.reduce_mean(image, (1, 2), keepdims=True)
     variance = tf.reduce_mean((image - mean) ** 2, (1, 2, 3), keepdims=True)
-    return bounded(mean + PATTERN_CONTRAST * (image - mean) / (tf.sqrt(variance) + 1e-12))
+    return _bounded(mean + PATTERN_CONTRAST * (image - mean) / (tf.sqrt(variance) + 1e-12))
 
 
 @dataclass(frozen=True)
@@ -1216,6 +1218,7 @@ def draw_examples(output, survey, patterns):
 # something speaks for the class. It takes the logit, not the probability after the softmax: where
 # the model is sure, that is flat and has no gradient.
 
+DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
 
 
@@ -1228,12 +1231,15 @@ def grad_cam(model, photo, layer_name, class_index):
     """
     network = network_of(model)
     forward = partial(network.compute, names=[layer_name, LOGITS])
-    (heatmaps,) = batch_grad_cam(forward, network.as_batch(photo), np.array([[class_index]]))
-    return heatmaps[0, 0]
+    (uncut,) = uncut_grad_cam(forward, network.as_batch(photo), np.array([[class_index]]))
+    return np.maximum(0, uncut[0, 0])
 
 
-def batch_grad_cam(forward, inputs, classes):
-    """Grad-CAM heatmaps of many photos at once, for k classes each: (n, k, h, w) for each layer.
+def uncut_grad_cam(forward, inputs, classes):
+    """Grad-CAM of many photos at once, for k classes each: (n, k, h, w) float32 for each layer.
+
+    Negative values, which grad_cam cuts at 0, are what speaks against a class. Uncut, the map is
+    linear in the logit: the difference of two is that of the difference of their logits.
 
     forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
     or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
@@ -1243,13 +1249,13 @@ def batch_grad_cam(forward, inputs, classes):
         *features, logits = forward(inputs)
         # A photo changes only its own logit, so the gradient of the sum is each photo's own.
         sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
-    heatmaps = [[] for _ in features]
+    uncut = [[] for _ in features]
     for logit_sum in sums:
         gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
-        for of_layer, feature_maps, gradient in zip(heatmaps, features, gradients, strict=True):
+        for of_layer, feature_maps, gradient in zip(uncut, features, gradients, strict=True):
             weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
-            of_layer.append(tf.nn.relu(tf.reduce_sum(weights * feature_maps, axis=-1)).numpy())
-    return [np.stack(of_layer, axis=1) for of_layer in heatmaps]
+            of_layer.append(tf.reduce_sum(weights * feature_maps, axis=-1).numpy())
+    return [np.stack(of_layer, axis=1) for of_layer in uncut]
 
 
 def place_heatmap(heatmap, field, size):
@@ -1318,6 +1324,9 @@ class Explanation:
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) Grad-CAM heatmap}}; the last is the model's last with positions
     heatmaps: dict
+    # (h, w) at that last layer: above 0 what speaks for the contrast class rather than for the
+    # class explained, below 0 the other way round
+    difference: np.ndarray
     # The class's probability as the photo is, without the hottest part, and without a central part
     # of the same size; None where the heatmap is empty.
     deletion: tuple | None = None
@@ -1369,7 +1378,7 @@ def most_probable(probabilities):
     return np.argsort(-probabilities, axis=-1, kind="stable")
 
 
-def classes_in_question(probabilities, labels):
+def _classes_in_question(probabilities, labels):
     """(n, 3) class indices for each photo: the two most probable ones, then the true one.
 
     labels: true class indices; where one is -1, not known, the most probable stands for it.
@@ -1393,14 +1402,16 @@ def explain_photos(survey, numbers, at_once=2):
         if (classes[:, 2:] == classes[:, :2]).any(1).all():
             classes = classes[:, :2]  # the true class need not be asked about twice
         inputs = tf.constant(np.stack(photos), tf.float32)
-        of_layers = batch_grad_cam(forward, inputs, classes)
+        of_layers = uncut_grad_cam(forward, inputs, classes)
         explanations = []
         for row, k in enumerate(some):
             heatmaps = {
-                name: dict(zip(classes[row].tolist(), heatmaps[row], strict=True))
-                for name, heatmaps in zip(names, of_layers, strict=True)
+                name: dict(zip(classes[row].tolist(), np.maximum(0, uncut[row]), strict=True))
+                for name, uncut in zip(names, of_layers, strict=True)
             }
             label = int(survey.labels[k])
+            first, second = of_layers[-1][row, :2]  # of the two most probable classes
+            explains_first = label in (-1, classes[row, 0])
             explanation = Explanation(
                 name=survey.name(k),
                 photo=read_photo(survey.paths[k]),
@@ -1409,13 +1420,14 @@ def explain_photos(survey, numbers, at_once=2):
                 probabilities=survey.probabilities[k],
                 true_index=None if label < 0 else label,
                 heatmaps=heatmaps,
+                difference=second - first if explains_first else first - of_layers[-1][row, -1],
             )
             explanations.append(explanation)
-        explained |= zip(some, with_deletion(network, explanations), strict=True)
+        explained |= zip(some, _with_deletion(network, explanations), strict=True)
     return explained
 
 
-def with_deletion(network, explanations):
+def _with_deletion(network, explanations):
     """The same Explanations with the deletion scores of their heatmaps and of the control."""
     size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
     central = top_fraction(centred_blob(size))
@@ -1449,8 +1461,11 @@ def deletion_caption(explanation):
     if explanation.deletion is None:
         return f"Nothing speaks for {name}: the heatmap is empty."
     before, without_hottest, without_central = explanation.deletion
-    better = without_hottest < without_central
-    judgement = "Better than a guess here." if better else "No better than a guess here."
+    judgement = "No better than a guess here."
+    if without_hottest < without_central - DELETION_MARGIN:
+        judgement = "Better than a guess here."
+    elif without_hottest < without_central + DELETION_MARGIN:
+        judgement = "The same as a guess here."
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
     return (
         f"Without the hottest {part}: P({name}) {before:.2f} → {without_hottest:.2f}; "
@@ -1498,7 +1513,8 @@ def draw_blocks(output, network, explanation):
 
 
 def draw_mistakes(output, network, explanations):
-    """Draw for up to three mistakes the heatmaps of two classes, compared: [Picture].
+    """Draw for up to three mistakes what speaks for each of two classes, and for one rather than
+    the other, in one scale: [Picture].
 
     They are the predicted and the true class; without mistakes, the next class and the true one.
     """
@@ -1510,7 +1526,7 @@ def draw_mistakes(output, network, explanations):
         titled = {
             f"for {it.contrast_name}": it.contrast_heatmap,
             f"for {it.class_name}": it.heatmap,
-            f"{it.contrast_name} minus\n{it.class_name}": it.contrast_heatmap - it.heatmap,
+            f"{it.contrast_name} rather\nthan {it.class_name}": it.difference,
         }
         peak = max(peak, *(np.abs(heatmap).max() for heatmap in titled.values()))
         row = [Panel(it, it.verdict.replace("; ", ";\n"))]
@@ -1519,10 +1535,11 @@ def draw_mistakes(output, network, explanations):
             row.append(Panel(it, title, heatmap, field))
         rows.append(row)
     first_line = "What it nearly took for something else (it made no mistake)"
-    compared = "Grad-CAM for the next class, for the true one, and the difference"
+    compared = "Grad-CAM for the next class, for the true one, and for one rather than the other"
     if mistakes:
         first_line = "What misled the model"
-        compared = "Grad-CAM for the class that it says, for the true one, and the difference"
+        compared = "Grad-CAM for the class that it says, for the true one, and for one rather than"
+        compared += " the other"
     caption = f"{first_line}\n{compared}"
     norm = CenteredNorm(0, peak or 1)
     label = f"Grad-CAM at {layer}; 0: nothing"
@@ -1605,9 +1622,10 @@ def survey_photos(network, photos, labels, class_names, read=None):
         pixels = np.stack([read(path) for path in paths[some]]).astype("float32")
         feature_maps, *activations = extract(pixels)
         probabilities = tf.nn.softmax(head(feature_maps)[1]).numpy()
-        classes = classes_in_question(probabilities, labels[some])
+        classes = _classes_in_question(probabilities, labels[some])
         # From the last layer with positions on: nothing before it need be computed again.
-        (heatmaps,) = batch_grad_cam(head, feature_maps, classes)
+        (uncut,) = uncut_grad_cam(head, feature_maps, classes)
+        heatmaps = np.maximum(0, uncut)
         require_finite(probabilities, heatmaps)
         found.append((probabilities, classes, heatmaps, *map(peaks_of, activations)))
     probabilities, classes, heatmaps, *peaks = zip(*found, strict=True)
@@ -1711,7 +1729,7 @@ def draw_strip(output, network, explanation, patterns):
     grid = _last_but_one(network.nearest_convolutions(GRID_CONVOLUTIONS))
     pattern = _last_but_one(patterns)
     sheet = activation_grid(network, explanation.pixels, grid.layer)
-    activations = _corner(sheet, sheet.shape[1] // grid_columns(grid.channels))
+    activations = _corner(sheet, sheet.shape[1] // _grid_columns(grid.channels))
     sheet = tile(pattern.pictures, columns=8, frames=120)
     middle = {
         f"activations, convolution {grid.number}": activations,
@@ -2647,17 +2665,17 @@ def draw_page(output, survey, explained, pictures, record, command, progress):
     explained: {photo number: Explanation}, of the photos that can be followed through the layers.
     pictures: {what they show: [Picture]}.
     """
-    facts = run_facts(survey, record, command)
-    facts |= photo_facts(output, survey, explained, progress)
-    facts |= picture_facts(output, survey, explained, pictures, facts["stored"], progress)
+    facts = _run_facts(survey, record, command)
+    facts |= _photo_facts(output, survey, explained, progress)
+    facts |= _picture_facts(output, survey, explained, pictures, facts["stored"], progress)
     del facts["stored"]
     with replace_when_whole(output / "run.js") as partial_path:
-        partial_path.write_text(script_text(facts), "ascii")
+        partial_path.write_text(_script_text(facts), "ascii")
     _remove_old_sheets(output, facts)
     _copy_page(output)
 
 
-def run_facts(survey, record, command):
+def _run_facts(survey, record, command):
     """What the page says of the run: sentences, settings, versions, classes and evaluation."""
     evaluation, network = survey.evaluation, survey.network
     settings = (record or {}).get("settings", {})
@@ -2720,12 +2738,12 @@ def _test_table(evaluation):
     rows = zip(names, evaluation.confusion.tolist(), evaluation.recall, strict=True)
     return [
         ["true \\ predicted", *names, "recall"],
-        *([name, *counts, share_text(recall)] for name, counts, recall in rows),
-        ["precision", *map(share_text, evaluation.precision), ""],
+        *([name, *counts, _share_text(recall)] for name, counts, recall in rows),
+        ["precision", *map(_share_text, evaluation.precision), ""],
     ]
 
 
-def photo_facts(output, survey, explained, progress):
+def _photo_facts(output, survey, explained, progress):
     """What the page shows of photos. Writes sheets of them, and of their thumbnails."""
     stored, listed = _stored_photos(survey, explained)
     sheets, ratios = _save_photos(output, [survey.paths[k] for k in stored], listed, progress)
@@ -2791,13 +2809,13 @@ def _heatmap_entries(of_layers):
     """The entries of a photo's classes, from {class index: (h, w) heatmap} for each layer."""
     entries = []
     for class_index in of_layers[0]:
-        encoded = [encoded_heatmap(of_layer[class_index]) for of_layer in of_layers]
+        encoded = [_encoded_heatmap(of_layer[class_index]) for of_layer in of_layers]
         maps, peaks = zip(*encoded, strict=True)
         entries.append({"class": class_index, "peaks": peaks, "maps": maps})
     return entries
 
 
-def encoded_heatmap(heatmap):
+def _encoded_heatmap(heatmap):
     """An (h, w) heatmap as base64 of bytes, row by row, and the value that 255 stands for."""
     peak = float(heatmap.max())
     shares = np.rint(heatmap * (255 / (peak or 1))).astype("uint8")
@@ -2819,7 +2837,7 @@ def _save_photos(output, paths, listed, progress):
             entries.append(_save_tiles(path, np.stack(tiles), PHOTO_COLUMNS, quality))
             progress.tell(path.name)
             ratios += some_ratios
-            thumbnails += map(thumbnail, tiles, some_ratios)
+            thumbnails += map(_thumbnail, tiles, some_ratios)
     thumbnails = np.stack(thumbnails[:listed])
     columns = math.ceil(math.sqrt(listed))
     sheet = _save_tiles(output / "photos.jpg", thumbnails, columns, quality=70)
@@ -2834,7 +2852,7 @@ def _squeezed(path):
     return square, max(0.001, round(photo.shape[1] / photo.shape[0], 3))
 
 
-def thumbnail(square, ratio):
+def _thumbnail(square, ratio):
     """The middle of a squeezed photo of that ratio, in its true proportions."""
     top, left = (int(PHOTO_SIDE * max(0, 1 - share) / 2) for share in (ratio, 1 / ratio))
     middle = square[top : PHOTO_SIDE - top, left : PHOTO_SIDE - left]
@@ -2850,7 +2868,7 @@ def _save_tiles(path, tiles, columns, quality):
     return {"file": path.name, "width": sheet.shape[1], "height": sheet.shape[0]} | place
 
 
-def picture_facts(output, survey, explained, pictures, stored, progress):
+def _picture_facts(output, survey, explained, pictures, stored, progress):
     """What the page shows of the pictures, filters and layers. Writes activation maps.
 
     stored: the numbers of the photos that the page has.
@@ -2898,13 +2916,13 @@ def _firing_entries(output, survey, explained, stored, convolution):
     path = output / f"conv2d_{convolution['number']}_maps.jpg"
     return {
         "field": _layer_entry(survey.network, layer),
-        "patches": patch_entries(peaks, index_of),
+        "patches": _patch_entries(peaks, index_of),
         "maps": _save_activation_maps(path, survey.network, layer, peaks, explained),
         "peaks": peaks.values[list(explained)].astype(float).round(3).tolist(),
     }
 
 
-def patch_entries(peaks, index_of):
+def _patch_entries(peaks, index_of):
     """For each filter the [photo, row, column, activation] that fire it most, strongest first.
 
     index_of: {photo number: its index on the page}.
@@ -2950,7 +2968,7 @@ def _layer_entry(network, name):
     return {"layer": name, "positions": network.positions(name), **shares}
 
 
-def script_text(run):
+def _script_text(run):
     """The text of run.js: JSON after its prefix, in ASCII, and harmless whatever a name holds."""
     text = json.dumps(run, allow_nan=False, separators=(",", ":"))
     for letter in "<>&":  # "</script>" would end the script
@@ -3113,8 +3131,6 @@ def training_strategy():
 
 # ---- From options to a model, and messages -------------------------------------------------------
 
-FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
-
 
 def require_writable(folder):
     """Raises Stop if no file can be written to the folder, or to where it would be made."""
@@ -3144,16 +3160,16 @@ def train_and_save(options, build=build_model):
     phases = training_phases(
         options.epochs, options.weights, options.freeze_below, options.learning_rate
     )
-    describe(splits, class_names, phases)
+    _describe(splits, class_names, phases)
     options.model.parent.mkdir(parents=True, exist_ok=True)
     lock = options.model.with_name(f".{options.model.name}.lock")
     busy = (
         f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
     )
     with locked(lock, busy):
-        settings = run_settings(options, splits, phases)
+        settings = _run_settings(options, splits, phases)
         same = settings | {"classes": class_names}  # what a resumed run must have in common
-        checkpoints = Checkpoints(checkpoint_folder(options.model), same)
+        checkpoints = Checkpoints(_checkpoint_folder(options.model), same)
         model = _train_from(options, splits, phases, checkpoints, build)
         photos, _ = splits["test"][0]
         network = Network(model)
@@ -3187,7 +3203,7 @@ def _train_from(options, splits, phases, checkpoints, build):
     return in_float32(keras.saving.load_model(best, compile=False))
 
 
-def describe(splits, class_names, phases):
+def _describe(splits, class_names, phases):
     """Print what is about to be trained, and a warning where the photos are too few to judge by."""
     counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
     stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
@@ -3200,7 +3216,7 @@ def describe(splits, class_names, phases):
             print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
 
 
-def run_settings(options, splits, phases):
+def _run_settings(options, splits, phases):
     """What the training depends on, for its record."""
     names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
     settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
@@ -3313,10 +3329,10 @@ def report(survey, options):
             metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
             _write_json(file, read_record(file) | {"test": metrics})
     for path, probabilities in zip(options.photos, survey.probabilities, strict=False):
-        print(prediction_line(path, probabilities, survey.class_names), flush=True)
+        print(_prediction_line(path, probabilities, survey.class_names), flush=True)
 
 
-def prediction_line(path, probabilities, class_names):
+def _prediction_line(path, probabilities, class_names):
     """The most probable classes of a photo in a line: "cat.jpg: rose 69 %, daisy 29 %"."""
     best = most_probable(probabilities)[:3]
     named = (f"{printable(class_names[k])} {percent(probabilities[k])}" for k in best)
@@ -3327,7 +3343,7 @@ def history_file(model_file):
     return model_file.with_name(f"{model_file.stem}_history.json")
 
 
-def checkpoint_folder(model_file):
+def _checkpoint_folder(model_file):
     return model_file.with_name(f"{model_file.stem}_checkpoints")
 
 

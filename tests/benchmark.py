@@ -860,8 +860,8 @@ def heatmaps_of(network, layer, photos, labels):
     forward, heatmaps = partial(network.compute, names=[layer, study.LOGITS]), []
     for start in range(0, len(photos), 16):
         inputs = tf.constant(np.stack(photos[start : start + 16]), "float32")
-        (of_batch,) = study.batch_grad_cam(forward, inputs, np.c_[labels[start : start + 16]])
-        heatmaps.append(of_batch[:, 0])
+        (of_batch,) = study.uncut_grad_cam(forward, inputs, np.c_[labels[start : start + 16]])
+        heatmaps.append(np.maximum(0, of_batch[:, 0]))
     return np.concatenate(heatmaps)
 
 
