@@ -663,6 +663,62 @@ def test_a_dialog_opens_steps_and_closes(visit):
     assert not page.eval("$('dialog').open") and "filter" not in address(page)
 
 
+def filters_in_order(page, number=5):
+    """The numbers of the filters of a convolution as they stand."""
+    labels = page.each(f"#filter-{number}-grid a > .tile", "ariaLabel")
+    return [int(label.replace(",", " ").split()[1]) for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("sort=class", [1, 3, 0, 2]),  # rose; tulip, 1 of 2; tulip, 1 of 3; none
+        ("sort=photo&photo=0", [0, 3, 1, 2]),  # 6.5 of 9.5, 1 of 2, 1.25 of 4, 0
+        ("sort=photo&photo=1", [1, 3, 0, 2]),  # 3.5 of 4, 0.5 of 2, 2 of 9.5, 0
+        ("sort=photo&photo=5", [0, 1, 2, 3]),
+        ("sort=", [0, 1, 2, 3]),
+    ],
+)
+def test_filters_stand_in_the_order_that_is_chosen(visit, asked, expected):
+    page = visit(f"patterns=5&{asked}")
+    assert filters_in_order(page) == expected
+    assert ("no activations" in page.text("#sorted")) == ("photo=5" in asked)
+    page.choose("#sort", "")
+    assert filters_in_order(page) == [0, 1, 2, 3]
+    page.choose("#sort", asked.split("&")[0].removeprefix("sort="))
+    assert filters_in_order(page) == expected and address(page)["section"] == "filters"
+    # The dialog goes on in this order.
+    page.click("#filter-5-grid a")
+    page.click("#next")
+    assert f"filter {expected[1]}" in page.text("#title")
+    page.click("#previous")
+    page.click("#previous")
+    assert f"filter {expected[-1]}" in page.text("#title")
+
+
+def test_a_filter_can_be_shown_by_what_fires_it_most(visit):
+    page = visit("patterns=5")
+    page.click("#strongest")
+    assert address(page)["strongest"] == "yes"
+    seen = "[...$('filter').querySelectorAll('a > *')].filter((it) => it.checkVisibility())"
+    colours = page.colours(seen)
+    for k, strongest in ((0, 6), (1, 3), (3, 5)):
+        assert near(colours[k], photo_colour(strongest))
+    assert len(colours) == 4 and page.eval(f"{seen}[2].matches('.crossed')")
+    (_, _, width, height), *_ = page.boxes(seen)
+    # Of a square photo, 0.2 of the width and 0.4 of the height.
+    assert width / height == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_classes_of_what_fires_a_filter_are_counted(visit):
+    def second_tulip(run):
+        run["filters"][0]["patches"][0].append([5, 0, 0, 2.0])
+
+    page = visit("filter=5.0", second_tulip)
+    assert page.texts("#parts figcaption")[2].endswith(": 2 tulip, 1 rose, 1 daisy")
+    assert page.each("#filter-5-grid .tile", "ariaLabel")[0].endswith("2 tulip, 1 rose, 1 daisy")
+
+
 # ---- Layers --------------------------------------------------------------------------------------
 
 
