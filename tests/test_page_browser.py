@@ -350,7 +350,7 @@ def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
 
 def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
     page = visit()
-    for number in (4, 3, 0):
+    for number in (4, 0, 3):
         name, _, probabilities, _, ratio = PHOTOS[number]
         page.click(f"#thumbnails [aria-label^='{name}']")
         (colour,) = page.colours("#photo .tile")
@@ -368,7 +368,7 @@ def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
         current = page.each("#thumbnails [aria-current=true] .tile", "ariaLabel")
         assert [label.split(":")[0] for label in current] == [name]
         assert address(page)["photo"] == str(number)
-    assert page.text("#worth") == "Better for rose by 0.12."
+        assert page.text("#worth") == ("Better for rose by 0.12." if number == 0 else "")
 
 
 def test_only_classes_with_a_heatmap_can_be_chosen(visit):
@@ -425,6 +425,14 @@ def test_a_heatmap_lies_where_its_positions_look(visit, panel, block, layer, row
             assert near(colour, (k, k // 2, 255 - k), 36)  # a peak is smoothed a little
     assert page.text(f"#{panel}-map figcaption") == f"For {name}"
     assert page.text(f"#{panel}-map .scale").split() == ["0", "5"]
+
+
+def test_a_heatmap_fades_into_its_photo(visit):
+    page = visit("photo=0")
+    page.choose("#mix", "0")
+    for panel in ("predicted", "compared", "difference"):
+        (colour,) = page.colours(f"#{panel}-map .frame")
+        assert near(colour, photo_colour(0))
 
 
 def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit):
@@ -700,7 +708,8 @@ def test_a_filter_can_be_shown_by_what_fires_it_most(visit):
     page = visit("patterns=5")
     page.click("#strongest")
     assert address(page)["strongest"] == "yes"
-    seen = "[...$('filter').querySelectorAll('a > *')].filter((it) => it.checkVisibility())"
+    tiles = "[...$('filter').querySelectorAll('a > :is(.tile, .frame)')]"
+    seen = f"{tiles}.filter((it) => it.checkVisibility())"
     colours = page.colours(seen)
     for k, strongest in ((0, 6), (1, 3), (3, 5)):
         assert near(colours[k], photo_colour(strongest))
@@ -711,12 +720,20 @@ def test_a_filter_can_be_shown_by_what_fires_it_most(visit):
 
 
 def test_the_classes_of_what_fires_a_filter_are_counted(visit):
-    def second_tulip(run):
-        run["filters"][0]["patches"][0].append([5, 0, 0, 2.0])
+    def second_rose(run):  # which was taken for a daisy
+        run["filters"][0]["patches"][0].append([3, 0, 0, 2.0])
 
-    page = visit("filter=5.0", second_tulip)
-    assert page.texts("#parts figcaption")[2].endswith(": 2 tulip, 1 rose, 1 daisy")
-    assert page.each("#filter-5-grid .tile", "ariaLabel")[0].endswith("2 tulip, 1 rose, 1 daisy")
+    page = visit("filter=5.0", second_rose)
+    assert page.texts("#parts figcaption")[2].endswith(": 2 rose, 1 tulip, 1 daisy")
+    assert page.each("#filter-5-grid .tile", "ariaLabel")[0].endswith("2 rose, 1 tulip, 1 daisy")
+    strip = page.boxes("#filter-5-grid a:first-child .mix span")
+    assert [box[2] / strip[1][2] for box in strip] == pytest.approx([2, 1, 1], abs=0.1)
+    colour = "computedStyleMap().get('background-color').toString()"
+    edge = "computedStyleMap().get('border-left-color').toString()"
+    legend = dict(zip(page.texts("#legend span"), page.each("#legend span", edge), strict=True))
+    colours = page.each("#filter-5-grid a:first-child .mix span", colour)
+    assert colours == [legend[name] for name in ("rose", "tulip", "daisy")]
+    assert len(set(legend.values())) == 3
 
 
 # ---- Layers --------------------------------------------------------------------------------------
@@ -769,6 +786,7 @@ def test_an_address_opens_what_it_names_and_says_so_again(visit):
     assert page.eval(values) == ["confidence", "rose", "", "right"]
     assert page.eval("$('filter-5').checked && $('after').checked")
     assert "of fine" in page.text("#value")
+    assert page.eval("document.querySelector('#blocks :checked').value") == "fine"
     assert address(page) == chosen and page.text("#word") == ""
     page.choose("#order", "")
     del chosen["order"]
@@ -1169,6 +1187,8 @@ def test_photo_heatmaps_and_classes_are_in_one_view(visit, browser, dark):
             left, top, width, height = page.box(part)
             assert left >= 0 and left + width <= 1280, part
             assert top >= 0 and top + height <= 680, part
+        left, _, width, height = page.box("#thumbnails")
+        assert left + width <= page.box("#photo")[0] and height > 400
         tops = [page.box(part)[1] for part in parts[2:]]
         assert tops == [tops[0]] * 3
     finally:
