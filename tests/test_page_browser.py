@@ -138,13 +138,19 @@ def write_run(folder):
                 ],
             }
         )
+    photos[2]["heatmaps"].append(heatmap(0, (0.5, ROSE)))
     rose = heatmap(1, (5.0, FINE_ROSE), (2.5, ROSE))
     daisy = heatmap(0, (1.0, FINE_DAISY), (5.0, DAISY))
     photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
     nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
     photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing], "worth": "A guess for daisy: 0.34."}
     patterns = write_sheet(folder, "patterns.png", 4, 4, 3, gap=2, border=4, title=15)
-    patterns |= {"count": 4, "silent": [2], "layer": "conv_5", "caption": "What filters look for"}
+    patterns |= {
+        "count": 4,
+        "silent": [2],
+        "layer": "conv_5",
+        "caption": "What filters look for\nrow by row",
+    }
     filters = {"number": 5, "count": 9, "layer": "conv_5", "activation": "activation_5"}
     filters |= {"channels": 4, "sheets": [patterns], "field": FIELD}
     filters |= {
@@ -429,6 +435,10 @@ def test_a_heatmap_lies_where_its_positions_look(visit, panel, block, layer, row
 
 def test_a_heatmap_fades_into_its_photo(visit):
     page = visit("photo=0")
+    # Half of its lowest colour, over a photo that is grey.
+    page.choose("#mix", "0.5")
+    ((red, green, blue),) = page.colours("#predicted-map .positions span:first-child")
+    assert abs(red - green) < 4 and 120 < blue - red < 135
     page.choose("#mix", "0")
     for panel in ("predicted", "compared", "difference"):
         (colour,) = page.colours(f"#{panel}-map .frame")
@@ -453,6 +463,7 @@ def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit
     ("asked", "predicted", "compared"),
     [
         ("photo=1", "rose", "daisy"),  # a mistake: the true class
+        ("photo=2", "rose", "daisy"),  # which is its least probable one
         ("photo=3", "daisy", "rose"),
         ("photo=7", "daisy", "rose"),  # right: the class that is next
         ("photo=0&class=daisy", "rose", "daisy"),
@@ -495,7 +506,7 @@ def test_a_photo_with_a_single_heatmap_is_compared_with_none(visit):
 
 def test_a_class_is_chosen_by_its_bar(visit):
     def three(run):
-        for number, class_index in ((5, 1), (6, 0)):
+        for number, class_index in ((5, 1), (6, 0), (4, 0)):
             heatmaps = run["photos"][number]["heatmaps"]
             heatmaps.append(heatmaps[0] | {"class": class_index})
 
@@ -505,6 +516,8 @@ def test_a_class_is_chosen_by_its_bar(visit):
     assert page.texts("#panels figcaption")[2] == "For rose" and address(page)["class"] == "rose"
     page.press("ArrowUp")
     assert page.texts("#panels figcaption")[2] == "For daisy" and address(page)["class"] == "daisy"
+    page = visit("class=daisy", three)
+    assert shown(page) == PHOTOS[4][0] and page.texts("#panels figcaption")[2] == "For daisy"
     # Another photo is compared with a class of its own.
     page.click("#thumbnails [aria-label^='tulip/f.jpg']")
     assert page.texts("#panels figcaption")[2] == "For rose" and address(page)["class"] == "rose"
@@ -562,7 +575,8 @@ def test_filters_stand_on_tabs_of_their_convolutions(visit):
     assert all(near(colour, tile_colour(4, k)) for k, colour in enumerate(colours) if k != 2)
     (silent,) = page.each("#filter .crossed", "ariaLabel")
     assert silent.startswith("filter 2 of convolution 5, silent")
-    assert "What filters look for" in page.text("#filter")
+    caption = page.text("#filter .caption")
+    assert caption.splitlines() == ["What filters look for", "row by row"]
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
@@ -981,6 +995,10 @@ def test_sections_are_gone_to_with_all_that_is_chosen(visit):
         chosen = address(page)
         assert chosen["section"] == name and chosen["after"] == "yes"
         assert shown(page) == PHOTOS[5][0] and listed(page) == names([5, 6])
+    page.eval("document.querySelector('nav [href=\"#channels\"]').focus()")
+    page.press("Enter")
+    page.press("Tab")
+    assert page.eval("document.activeElement.id") == "after"
     assert shown(visit("channels")) == PHOTOS[4][0]
 
 
