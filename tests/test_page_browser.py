@@ -169,6 +169,10 @@ def write_run(folder):
     ]
     channels = {"number": 1, "count": 9, "layer": "conv_1", "activation": "activation_1"}
     channels |= {"channels": 5, "sheets": pair}
+    # Without an activation of its own.
+    deep = write_sheet(folder, "deep.png", 10, 3, 3)
+    deep |= {"count": 3, "silent": [], "layer": "conv_4", "caption": "conv_4 for rose/a.jpg"}
+    deep_channels = channels | {"number": 4, "channels": 3, "sheets": [deep]}
     for file in ("strip.jpg", "first.png", "training_curves.png"):
         write_sheet(folder, file, 9, 1, 1)
     return {
@@ -192,7 +196,7 @@ def write_run(folder):
         "colours": COLOURS,
         "heatmap_layers": LAYERS,
         "filters": [filters, deeper],
-        "channels": [channels],
+        "channels": [channels, deep_channels],
         "pictures": [
             {"file": "first.png", "caption": "The first picture"},
             {"file": "training_curves.png", "caption": "Loss of 2 epochs"},
@@ -767,6 +771,18 @@ def test_channels_are_shown_before_and_after_the_activation(visit):
     assert page.each("#channel .crossed", "ariaLabel") == [silent]
 
 
+def test_layers_stand_on_tabs_of_their_convolutions(visit):
+    seen = "[...$('channel').querySelectorAll('.tile')].filter((it) => it.checkVisibility())"
+    page = visit("layers=4")
+    assert len(page.boxes(seen)) == 3
+    page.click("#channel .tab")
+    assert len(page.boxes(seen)) == 5 and address(page)["layers"] == "1"
+    page = visit("channel=4.2&after=yes")
+    assert page.text("#title") == "Convolution 4, channel 2" and len(page.boxes(seen)) == 3
+    (colour,) = page.colours("#parts .tile")
+    assert near(colour, tile_colour(10, 2))
+
+
 def test_a_channel_is_shown_large_before_and_after(visit):
     page = visit()
     page.click("document.querySelectorAll('#channel a')[4]")
@@ -1124,7 +1140,11 @@ def test_names_that_cannot_be_copied_are_marked(visit):
             "rose: 2 at row 2, column 3 of coarse",
         ),
         ("#thumbnails a:nth-child(2) .tile", "#thumbnail", "daisy/b.jpg: It says rose, 80\xa0%"),
-        ("#filter .panel .tile", "#filter-5-told", "filter 0 of convolution 5: fires by up to 9.5"),
+        (
+            "#filter .panel .tile",
+            "#filter-5-told",
+            "filter 0 of convolution 5: fires by up to 9.5, on tulip/f.jpg",
+        ),
         ("#channel .panel .tile", "#channel-1-told", "channel 0 of convolution 1, conv_1"),
         ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", "tulip predicted as daisy: 0"),
     ],
