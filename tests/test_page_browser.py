@@ -90,9 +90,9 @@ FIELD = {
 # Of filters 0 to 3: photo, row, column, activation.
 PATCHES = [
     [[6, 1, 3, 9.5], [0, 2, 4, 7.25], [8, 0, 7, 3.0]],
-    [[3, 3, 0, 4.0]],
+    [[3, 3, 0, 4.0], [1, 0, 2, 3.0]],
     [],
-    [[5, 1, 1, 2.0], [2, 2, 6, 1.5]],
+    [[5, 1, 1, 2.0], [6, 2, 6, 1.5]],
 ]
 PEAKS = [[6.5, 1.25, 0.0, 1.0], [2.0, 3.5, 0.0, 0.5]]  # of photos 0 and 1
 COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
@@ -698,7 +698,7 @@ def filters_in_order(page, number=5):
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ("sort=class", [1, 3, 0, 2]),  # rose; tulip, 1 of 2; tulip, 1 of 3; none
+        ("sort=class", [1, 3, 0, 2]),  # rose, 1 of 2; tulip, 2 of 2; tulip, 1 of 3; none
         ("sort=photo&photo=0", [0, 3, 1, 2]),  # 6.5 of 9.5, 1 of 2, 1.25 of 4, 0
         ("sort=photo&photo=1", [1, 3, 0, 2]),  # 3.5 of 4, 0.5 of 2, 2 of 9.5, 0
         ("sort=photo&photo=5", [0, 1, 2, 3]),
