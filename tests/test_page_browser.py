@@ -1065,6 +1065,18 @@ def test_the_photo_shown_is_one_of_the_list_with_its_own_class(visit):
     assert shown(page) == PHOTOS[4][0] and page.eval("$('viewer').checkVisibility()")
 
 
+def test_the_class_of_an_earlier_photo_is_not_kept(visit):
+    def add_tulip(run):
+        heatmaps = run["photos"][7]["heatmaps"]
+        heatmaps.append(heatmaps[0] | {"class": 2})
+
+    page = visit("photo=7&class=tulip&order=confidence", add_tulip)
+    assert page.texts("#panels figcaption")[2] == "For tulip"
+    page.choose("#predicted", "rose")
+    assert shown(page) == PHOTOS[2][0]  # which has a heatmap for tulip, too
+    assert page.texts("#panels figcaption")[2] == "For daisy"
+
+
 def test_a_photo_that_is_asked_for_is_in_the_list(visit):
     page = visit("photo=6&true=daisy")
     assert shown(page) == PHOTOS[6][0] and len(listed(page)) == 8
