@@ -90,9 +90,9 @@ FIELD = {
 # Of filters 0 to 3: photo, row, column, activation.
 PATCHES = [
     [[6, 1, 3, 9.5], [0, 2, 4, 7.25], [8, 0, 7, 3.0]],
-    [[3, 3, 0, 4.0]],
+    [[3, 3, 0, 4.0], [1, 0, 2, 3.0]],
     [],
-    [[5, 1, 1, 2.0], [2, 2, 6, 1.5]],
+    [[5, 1, 1, 2.0], [6, 2, 6, 1.5]],
 ]
 PEAKS = [[6.5, 1.25, 0.0, 1.0], [2.0, 3.5, 0.0, 0.5]]  # of photos 0 and 1
 COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
@@ -138,13 +138,19 @@ def write_run(folder):
                 ],
             }
         )
+    photos[2]["heatmaps"].append(heatmap(0, (0.5, ROSE)))
     rose = heatmap(1, (5.0, FINE_ROSE), (2.5, ROSE))
     daisy = heatmap(0, (1.0, FINE_DAISY), (5.0, DAISY))
     photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
     nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
     photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing], "worth": "A guess for daisy: 0.34."}
     patterns = write_sheet(folder, "patterns.png", 4, 4, 3, gap=2, border=4, title=15)
-    patterns |= {"count": 4, "silent": [2], "layer": "conv_5", "caption": "What filters look for"}
+    patterns |= {
+        "count": 4,
+        "silent": [2],
+        "layer": "conv_5",
+        "caption": "What filters look for\nrow by row",
+    }
     filters = {"number": 5, "count": 9, "layer": "conv_5", "activation": "activation_5"}
     filters |= {"channels": 4, "sheets": [patterns], "field": FIELD}
     filters |= {
@@ -163,6 +169,10 @@ def write_run(folder):
     ]
     channels = {"number": 1, "count": 9, "layer": "conv_1", "activation": "activation_1"}
     channels |= {"channels": 5, "sheets": pair}
+    # Without an activation of its own.
+    deep = write_sheet(folder, "deep.png", 10, 3, 3)
+    deep |= {"count": 3, "silent": [], "layer": "conv_4", "caption": "conv_4 for rose/a.jpg"}
+    deep_channels = channels | {"number": 4, "channels": 3, "sheets": [deep]}
     for file in ("strip.jpg", "first.png", "training_curves.png"):
         write_sheet(folder, file, 9, 1, 1)
     return {
@@ -186,7 +196,7 @@ def write_run(folder):
         "colours": COLOURS,
         "heatmap_layers": LAYERS,
         "filters": [filters, deeper],
-        "channels": [channels],
+        "channels": [channels, deep_channels],
         "pictures": [
             {"file": "first.png", "caption": "The first picture"},
             {"file": "training_curves.png", "caption": "Loss of 2 epochs"},
@@ -282,15 +292,17 @@ def test_own_photos_come_first_then_the_most_doubtful(visit):
     assert "8 of 9 photos" in page.text("#count")
 
 
-@pytest.mark.parametrize(
-    ("order", "expected"),
-    [("confidence", [4, 7, 5, 2, 3, 1, 0, 6]), ("true", [4, 1, 2, 7, 0, 3, 5, 6]), ("", None)],
-)
-def test_photos_stand_in_the_order_that_is_chosen(visit, order, expected):
+def test_photos_stand_in_the_order_that_is_chosen(visit):
     page = visit()
-    page.choose("#order", order)
-    assert listed(page) == names(expected or [4, 1, 3, 2, 7, 5, 0, 6])
-    assert address(page).get("order", "") == order
+    orders = {
+        "confidence": [4, 7, 5, 2, 3, 1, 0, 6],
+        "true": [4, 1, 2, 7, 0, 3, 5, 6],
+        "": [4, 1, 3, 2, 7, 5, 0, 6],
+    }
+    for order, expected in orders.items():
+        page.choose("#order", order)
+        assert listed(page) == names(expected)
+        assert address(page).get("order", "") == order
 
 
 def test_mistakes_and_photos_with_all_blocks_are_marked(visit):
@@ -350,10 +362,9 @@ def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
 
 def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
     page = visit()
-    for number in (4, 3, 0):
+    for number in (4, 0, 3):
         name, _, probabilities, _, ratio = PHOTOS[number]
         page.click(f"#thumbnails [aria-label^='{name}']")
-        page.choose("#viewer input[type=range]", "0")
         (colour,) = page.colours("#photo .tile")
         assert near(colour, photo_colour(number))
         _, _, width, height = page.box("#photo .frame")
@@ -369,42 +380,45 @@ def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
         current = page.each("#thumbnails [aria-current=true] .tile", "ariaLabel")
         assert [label.split(":")[0] for label in current] == [name]
         assert address(page)["photo"] == str(number)
-    assert page.text("#worth") == "Better for rose by 0.12."
+        assert page.text("#worth") == ("Better for rose by 0.12." if number == 0 else "")
 
 
 def test_only_classes_with_a_heatmap_can_be_chosen(visit):
     page = visit("photo=0")
     facts = [page.each("#bars input", what) for what in ("value", "disabled", "checked")]
-    assert facts == [["rose", "daisy", "tulip"], [False, False, True], [True, False, False]]
+    # The predicted class is always shown; the others are compared with it.
+    assert facts == [["rose", "daisy", "tulip"], [True, False, True], [False, True, False]]
 
 
 # ---- Its heatmap ---------------------------------------------------------------------------------
 
 
-def open_heatmap(visit, chosen="rose", block=None):
-    page = visit(f"photo=0&class={chosen}")
-    if block is not None:
-        page.choose("#depth", block)
-    page.choose("#viewer input[type=range]", "1")
+def open_panels(visit, asked="photo=0"):
+    page = visit(asked)
+    page.choose("#mix", "1")
     return page
 
 
 @pytest.mark.parametrize(
-    ("chosen", "block", "layer", "rows", "peak", "highest"),
+    ("panel", "block", "layer", "rows", "peak"),
     [
-        ("rose", None, 1, ROSE, 2.5, 5),
-        ("daisy", "0", 1, DAISY, 5, 5),
-        ("rose", "-1", 0, FINE_ROSE, 5, 5),
-        ("daisy", "-1", 0, FINE_DAISY, 1, 5),
+        ("predicted", "", 1, ROSE, 2.5),
+        ("compared", "coarse", 1, DAISY, 5),
+        ("predicted", "fine", 0, FINE_ROSE, 5),
+        ("compared", "fine", 0, FINE_DAISY, 1),
     ],
 )
-def test_a_heatmap_lies_where_its_positions_look(visit, chosen, block, layer, rows, peak, highest):
-    page = open_heatmap(visit, chosen, block)
+def test_a_heatmap_lies_where_its_positions_look(visit, panel, block, layer, rows, peak):
+    page = open_panels(visit, f"photo=0&block={block}")
+    name = {"predicted": "rose", "compared": "daisy"}[panel]
     facts = LAYERS[layer]
-    left, top, width, height = page.box("#photo .frame")
-    labels = page.each("#positions [role=img]", "ariaLabel")
-    boxes = page.boxes("#positions [role=img]")
-    colours = page.colours("#positions [role=img]")
+    left, top, width, height = page.box(f"#{panel}-map .frame")
+    positions = f"#{panel}-map .positions [role=img]"
+    labels = page.each(positions, "ariaLabel")
+    boxes = page.boxes(positions)
+    colours = page.colours(positions)
+    boxes = page.boxes(positions)
+    left, top, width, height = page.box(f"#{panel}-map .frame")
     places = [(row, column) for row in range(len(rows)) for column in range(len(rows[0]))]
     assert len(boxes) == len(places) == np.prod(facts["positions"])
     found = zip(places, labels, boxes, colours, strict=True)
@@ -416,44 +430,130 @@ def test_a_heatmap_lies_where_its_positions_look(visit, chosen, block, layer, ro
         assert x + w / 2 == pytest.approx(left + across * width, abs=1)
         assert h == pytest.approx(facts["step"][0] * height, abs=1)
         assert w == pytest.approx(facts["step"][1] * width, abs=1)
-        assert label.startswith(f"{chosen}: {value:g} at row {row + 1}, column {column + 1} ")
-        assert facts["layer"] in label
-        k = round(255 * value / highest)
+        place = f"at row {row + 1}, column {column + 1} of {facts['layer']}"
+        assert label == f"{name}: {value:g} {place}"
+        k = round(255 * value / 5)  # 5 is the highest of both classes
         if 0 <= down <= 1 and 0 <= across <= 1:
             assert near(colour, (k, k // 2, 255 - k), 36)  # a peak is smoothed a little
+    assert page.text(f"#{panel}-map figcaption") == f"For {name}"
+    assert page.text(f"#{panel}-map .scale").split() == ["0", "5"]
 
 
-def test_a_position_tells_its_value_when_it_is_pointed_at(visit):
-    page = open_heatmap(visit)
-    assert "rose: 2.5 at row 2, column 2" in page.text("#value")
-    page.point("#positions [role=img]:nth-child(3)")
-    assert "rose: 1 at row 1, column 3" in page.text("#value")
+def test_a_heatmap_fades_into_its_photo(visit):
+    page = visit("photo=0")
+    # Half of its lowest colour, over a photo that is grey.
+    page.choose("#mix", "0.5")
+    ((red, green, blue),) = page.colours("#predicted-map .positions span:first-child")
+    assert abs(red - green) < 4 and 120 < blue - red < 135
+    page.choose("#mix", "0")
+    for panel in ("predicted", "compared", "difference"):
+        (colour,) = page.colours(f"#{panel}-map .frame")
+        assert near(colour, photo_colour(0))
+
+
+def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit):
+    page = open_panels(visit)
+    assert page.text("#difference-map figcaption") == "For rose rather than daisy"
+    assert page.text("#difference-map .scale").split() == ["−5", "5"]
+    labels = page.each("#difference-map .positions [role=img]", "ariaLabel")
+    # ROSE of 2.5 less DAISY of 5
+    expected = ["−5", "0.5", "1", "1.5", "2.5", "1"]
+    assert [label.split()[4] for label in labels] == expected
+    colours = page.colours("#difference-map .positions [role=img]")
+    (red, _, blue), (red_5, _, blue_5) = colours[0], colours[4]
+    assert blue > 200 and red < 110  # blue speaks for the other class
+    assert 90 < red_5 < 140 and blue_5 < 40  # half of the scale, in orange
+
+
+@pytest.mark.parametrize(
+    ("asked", "predicted", "compared"),
+    [
+        ("photo=1", "rose", "daisy"),  # a mistake: the true class
+        ("photo=2", "rose", "daisy"),  # which is its least probable one
+        ("photo=3", "daisy", "rose"),
+        ("photo=7", "daisy", "rose"),  # right: the class that is next
+        ("photo=0&class=daisy", "rose", "daisy"),
+    ],
+)
+def test_the_predicted_class_is_compared_with_the_true_one(visit, asked, predicted, compared):
+    page = visit(asked)
+    captions = [f"For {predicted}", f"For {compared}", f"For {predicted} rather than {compared}"]
+    assert page.texts("#panels figcaption")[1:] == captions
+    assert page.eval("document.querySelector('#bars :checked').value") == compared
+
+
+def test_a_position_tells_its_value_and_what_it_sees(visit):
+    page = open_panels(visit, "photo=0")
+    assert page.text("#value") == "Highest for rose: 2.5 at row 2, column 2 of coarse"
+    page.point("#compared-map .positions [role=img]:nth-child(6)")
+    assert page.text("#value") == "daisy: 1 at row 2, column 3 of coarse"
+    place = shares_within(page.box("#photo .frame"), page.box("#photo .seen"))
+    # Its middle lies at 0.8 of the height and 0.65 of the width; it sees 0.5 of the height (to the
+    # edge of the photo) and 0.3 of the width.
+    assert place == pytest.approx([0.5, 0.5, 0.3, 0.5], abs=0.01)
+    page.point("h1")
+    assert page.eval("document.querySelector('#photo .seen')") is None
 
 
 def test_a_heatmap_of_nothing_is_said_to_be_empty(visit):
-    page = visit("photo=1&class=daisy")
-    assert "Nothing speaks for daisy" in page.text("#value")
+    def empty(run):
+        run["photos"][1]["heatmaps"][0] = run["photos"][1]["heatmaps"][1] | {"class": 1}
+
+    assert "Nothing speaks for rose" in visit("photo=1", empty).text("#value")
+
+
+def test_a_photo_with_a_single_heatmap_is_compared_with_none(visit):
+    def single(run):
+        del run["photos"][5]["heatmaps"][1]
+
+    page = visit("photo=5", single)
+    assert page.texts("#panels figcaption")[1:] == ["For tulip"]
 
 
 def test_a_class_is_chosen_by_its_bar(visit):
-    page = open_heatmap(visit)
-    page.click("#bars input[value=daisy]")
-    assert "daisy: 5 at row 1, column 1" in page.text("#value")
-    assert address(page)["class"] == "daisy"
+    def three(run):
+        for number, class_index in ((5, 1), (6, 0), (4, 0)):
+            heatmaps = run["photos"][number]["heatmaps"]
+            heatmaps.append(heatmaps[0] | {"class": class_index})
+
+    page = visit("photo=5", three)
+    assert page.texts("#panels figcaption")[2] == "For daisy"
+    page.click("#bars input[value=rose]")
+    assert page.texts("#panels figcaption")[2] == "For rose" and address(page)["class"] == "rose"
     page.press("ArrowUp")
-    assert address(page)["class"] == "rose"
+    assert page.texts("#panels figcaption")[2] == "For daisy" and address(page)["class"] == "daisy"
+    page = visit("class=daisy", three)
+    assert shown(page) == PHOTOS[4][0] and page.texts("#panels figcaption")[2] == "For daisy"
+    # Another photo is compared with a class of its own.
+    page.click("#thumbnails [aria-label^='tulip/f.jpg']")
+    assert page.texts("#panels figcaption")[2] == "For rose" and address(page)["class"] == "rose"
 
 
 def test_blocks_are_those_that_the_photo_has(visit):
-    for number, least in ((0, "-1"), (5, "0")):
-        page = visit(f"photo={number}")
-        assert (page.eval("$('depth').min"), page.eval("$('depth').max")) == (least, "0")
+    page = visit("photo=0")
+    assert page.texts("#blocks .tab") == ["fine\n3 × 5", "coarse\n2 × 3"]
+    page.click("#blocks .tab")
+    assert address(page)["block"] == "fine" and "of fine" in page.text("#value")
+    page.click("#thumbnails [aria-label^='tulip/e.jpg']")
+    assert page.each("#blocks input", "disabled") == [True, False]
+    assert page.each("#blocks input", "checked") == [False, True]
+    assert "of coarse" in page.text("#value")
 
 
 # ---- Filters -------------------------------------------------------------------------------------
 
 
-def patch_place(number, row, column):
+MAP_ON_PHOTO = tile_colour(5, 1), photo_colour(0)
+
+
+def shares_within(whole, part):
+    """Left, top, width and height of a box in shares of another one."""
+    left, top = (part[axis] - whole[axis] for axis in (0, 1))
+    width, height = whole[2:]
+    return [left / width, top / height, part[2] / width, part[3] / height]
+
+
+def patch_place(row, column):
     """Where a photo is seen through a patch: left, top, width, height in shares of the photo."""
     height, width = FIELD["size"]
     middles = [
@@ -481,7 +581,8 @@ def test_filters_stand_on_tabs_of_their_convolutions(visit):
     assert all(near(colour, tile_colour(4, k)) for k, colour in enumerate(colours) if k != 2)
     (silent,) = page.each("#filter .crossed", "ariaLabel")
     assert silent.startswith("filter 2 of convolution 5, silent")
-    assert "What filters look for" in page.text("#filter")
+    caption = page.text("#filter .caption")
+    assert caption.splitlines() == ["What filters look for", "row by row"]
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
@@ -520,6 +621,24 @@ def test_the_activation_map_is_that_of_the_photo_and_filter(visit, number):
     assert PHOTOS[number][0] in caption and f": {PEAKS[number][1]:g} " in caption
 
 
+def test_an_activation_map_lights_up_the_photo(visit):
+    page = visit("photo=0&filter=5.1")
+    (colour,) = page.colours("#parts .activation")
+    # Light is added to light: what each of the two leaves dark stays dark.
+    dark = [(255 - one) * (255 - two) / 255 for one, two in zip(*MAP_ON_PHOTO, strict=True)]
+    assert near(colour, [255 - part for part in dark])
+
+
+def test_a_photo_that_fires_a_filter_has_its_place_framed(visit):
+    page = visit("photo=0&filter=5.0")
+    assert "by 7.25" in page.texts("#parts figcaption")[1]
+    photo, seen = page.box("#parts figure:nth-child(2) .tile"), page.box("#parts .seen")
+    assert shares_within(photo, seen) == pytest.approx(patch_place(2, 4), abs=0.01)
+    page = visit("photo=1&filter=5.0")
+    assert page.eval("document.querySelector('#parts .seen')") is None
+    assert "fires it by" not in page.texts("#parts figcaption")[1]
+
+
 def test_a_photo_without_activation_maps_is_shown_without(visit):
     page = visit("photo=3&filter=5.1")
     caption = page.texts("#parts figcaption")[1]
@@ -539,13 +658,8 @@ def test_patches_show_what_the_position_sees_of_their_photo(visit, k):
     patches = zip(PATCHES[k], frames, tiles, colours, strict=True)
     for (number, row, column, _), frame, tile, colour in patches:
         assert near(colour, photo_colour(number))
-        place = [
-            (frame[0] - tile[0]) / tile[2],
-            (frame[1] - tile[1]) / tile[3],
-            frame[2] / tile[2],
-            frame[3] / tile[3],
-        ]
-        assert place == pytest.approx(patch_place(number, row, column), abs=0.01)
+        place = shares_within(tile, frame)
+        assert place == pytest.approx(patch_place(row, column), abs=0.01)
         assert tile[2] / tile[3] == pytest.approx(PHOTOS[number][4], rel=0.02)
 
 
@@ -577,6 +691,72 @@ def test_a_dialog_opens_steps_and_closes(visit):
     assert not page.eval("$('dialog').open") and "filter" not in address(page)
 
 
+def filters_in_order(page, number=5):
+    """The numbers of the filters of a convolution as they stand."""
+    labels = page.each(f"#filter-{number}-grid a > .tile", "ariaLabel")
+    return [int(label.replace(",", " ").split()[1]) for label in labels]
+
+
+def test_filters_stand_in_the_order_that_is_chosen(visit):
+    page = visit("patterns=5&sort=class")
+    # rose, 1 of 2; tulip, 2 of 2; tulip, 1 of 3; none
+    assert filters_in_order(page) == [1, 3, 0, 2]
+    orders = {
+        0: [0, 3, 1, 2],  # 6.5 of 9.5, 1 of 2, 1.25 of 4, 0
+        1: [1, 3, 0, 2],  # 3.5 of 4, 0.5 of 2, 2 of 9.5, 0
+        5: [0, 1, 2, 3],  # none is known
+    }
+    page.choose("#sort", "photo")
+    for number, expected in orders.items():
+        page.click(f"#thumbnails [aria-label^='{PHOTOS[number][0]}']")
+        assert filters_in_order(page) == expected
+        assert ("no activations" in page.text("#sorted")) == (number == 5)
+    page.choose("#sort", "")
+    assert filters_in_order(page) == [0, 1, 2, 3] and page.text("#sorted") == ""
+    assert address(page)["section"] == "filters"
+
+
+def test_a_dialog_goes_on_in_the_order_of_the_filters(visit):
+    page = visit("sort=class&filter=5.1")
+    page.click("#next")
+    assert "filter 3" in page.text("#title")
+    page.click("#previous")
+    page.click("#previous")
+    assert "filter 2" in page.text("#title")
+
+
+def test_a_filter_can_be_shown_by_what_fires_it_most(visit):
+    page = visit("patterns=5")
+    page.click("#strongest")
+    assert address(page)["strongest"] == "yes"
+    tiles = "[...$('filter').querySelectorAll('a > :is(.tile, .frame)')]"
+    seen = f"{tiles}.filter((it) => it.checkVisibility())"
+    colours = page.colours(seen)
+    for k, strongest in ((0, 6), (1, 3), (3, 5)):
+        assert near(colours[k], photo_colour(strongest))
+    assert len(colours) == 4 and page.eval(f"{seen}[2].matches('.crossed')")
+    (_, _, width, height), *_ = page.boxes(seen)
+    # Of a square photo, 0.2 of the width and 0.4 of the height.
+    assert width / height == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_classes_of_what_fires_a_filter_are_counted(visit):
+    def second_rose(run):  # which was taken for a daisy
+        run["filters"][0]["patches"][0].append([3, 0, 0, 2.0])
+
+    page = visit("filter=5.0", second_rose)
+    assert page.texts("#parts figcaption")[2].endswith(": 2 rose, 1 tulip, 1 daisy")
+    assert page.each("#filter-5-grid .tile", "ariaLabel")[0].endswith("2 rose, 1 tulip, 1 daisy")
+    strip = page.boxes("#filter-5-grid a:first-child .mix span")
+    assert [box[2] / strip[1][2] for box in strip] == pytest.approx([2, 1, 1], abs=0.1)
+    colour = "computedStyleMap().get('background-color').toString()"
+    edge = "computedStyleMap().get('border-left-color').toString()"
+    legend = dict(zip(page.texts("#legend span"), page.each("#legend span", edge), strict=True))
+    colours = page.each("#filter-5-grid a:first-child .mix span", colour)
+    assert colours == [legend[name] for name in ("rose", "tulip", "daisy")]
+    assert len(set(legend.values())) == 3
+
+
 # ---- Layers --------------------------------------------------------------------------------------
 
 
@@ -592,6 +772,18 @@ def test_channels_are_shown_before_and_after_the_activation(visit):
         page.click("#after")
     silent = "channel 3 of convolution 1, activation_1, silent"
     assert page.each("#channel .crossed", "ariaLabel") == [silent]
+
+
+def test_layers_stand_on_tabs_of_their_convolutions(visit):
+    seen = "[...$('channel').querySelectorAll('.tile')].filter((it) => it.checkVisibility())"
+    page = visit("layers=4")
+    assert len(page.boxes(seen)) == 3
+    page.click("#channel .tab")
+    assert len(page.boxes(seen)) == 5 and address(page)["layers"] == "1"
+    page = visit("channel=4.2&after=yes")
+    assert page.text("#title") == "Convolution 4, channel 2" and len(page.boxes(seen)) == 3
+    (colour,) = page.colours("#parts .tile")
+    assert near(colour, tile_colour(10, 2))
 
 
 def test_a_channel_is_shown_large_before_and_after(visit):
@@ -623,10 +815,11 @@ def test_an_address_opens_what_it_names_and_says_so_again(visit):
     }
     page = visit("&".join(f"{name}={it}" for name, it in chosen.items()))
     assert shown(page) == PHOTOS[0][0] and listed(page) == names([0])
-    values = "['order', 'true', 'predicted', 'result', 'depth'].map((id) => $(id).value)"
-    assert page.eval(values) == ["confidence", "rose", "", "right", "-1"]
+    values = "['order', 'true', 'predicted', 'result'].map((id) => $(id).value)"
+    assert page.eval(values) == ["confidence", "rose", "", "right"]
     assert page.eval("$('filter-5').checked && $('after').checked")
-    assert "daisy: 1 at row 1, column 1 of fine" in page.text("#value")
+    assert "of fine" in page.text("#value")
+    assert page.eval("document.querySelector('#blocks :checked').value") == "fine"
     assert address(page) == chosen and page.text("#word") == ""
     page.choose("#order", "")
     del chosen["order"]
@@ -652,8 +845,9 @@ def test_unknown_values_of_an_address_fall_back_with_a_word(visit, unknown):
 
 def test_a_class_without_a_heatmap_falls_back_with_a_word(visit):
     page = visit("photo=0&class=tulip")
-    assert "no heatmap for tulip" in page.text("#word") and "for rose" in page.text("#word")
-    assert "rose: 2.5 at row 2" in page.text("#value")
+    word = page.text("#word")
+    assert "no heatmap" in word and "for tulip" in word and "daisy is shown" in word
+    assert page.texts("#panels figcaption")[2] == "For daisy"
     assert page.text("#without") == "There is no heatmap of this photo for tulip."
 
 
@@ -673,7 +867,7 @@ def test_arrow_keys_go_through_a_group_and_tab_leaves_it(visit):
     page.press("ArrowDown")
     page.press("ArrowRight")
     assert page.eval("document.activeElement.ariaLabel") == "rose predicted as rose: 1 photos"
-    page.eval("document.querySelector('#positions [tabindex=\"0\"]').focus()")
+    page.eval("document.querySelector('.positions [tabindex=\"0\"]').focus()")
     page.press("ArrowRight")
     assert page.eval("document.activeElement.ariaLabel") in page.text("#value")
 
@@ -732,7 +926,7 @@ def test_names_are_shown_as_they_are(visit):
     assert page.eval("[...$('bars').querySelectorAll('input')].map((it) => it.value)") == [
         HOSTILE[k] for k, _ in PHOTOS[1][2]
     ]
-    page.click("document.querySelectorAll('#bars input')[1]")
+    page.choose("#order", "confidence")
     assert address(page)["class"] == HOSTILE[0]
     assert page.each("#pictures figcaption", "textContent") == [HOSTILE[1]]
 
@@ -820,6 +1014,10 @@ def test_sections_are_gone_to_with_all_that_is_chosen(visit):
         chosen = address(page)
         assert chosen["section"] == name and chosen["after"] == "yes"
         assert shown(page) == PHOTOS[5][0] and listed(page) == names([5, 6])
+    page.eval("document.querySelector('nav [href=\"#channels\"]').focus()")
+    page.press("Enter")
+    page.press("Tab")
+    assert page.eval("document.activeElement.id") == "after"
     assert shown(visit("channels")) == PHOTOS[4][0]
 
 
@@ -836,11 +1034,10 @@ def test_a_link_opens_at_its_subject_with_its_thumbnail_in_sight(visit, browser)
         _, list_top, _, list_height = page.box("#thumbnails")
         _, top, _, height = page.box("#thumbnails [aria-current=true]")
         assert 0 <= list_top <= top and top + height <= list_top + list_height + 1 <= 700
-        assert page.box("#photo")[1] < 700
         page = visit("section=filters&photo=100", many)
         assert -1 < page.box("#filters")[1] < 50
         page = visit("channels", many)
-        assert 0 <= page.box("#channels")[1] < 700
+        assert -1 < page.box("#channels")[1] < 700
     finally:
         browser.resize(*WINDOW)
 
@@ -861,14 +1058,26 @@ def test_titles_name_what_is_shown(visit):
 def test_the_photo_shown_is_one_of_the_list_with_its_own_class(visit):
     page = visit("photo=0&class=daisy")
     page.choose("#true", "daisy")
-    assert shown(page) == PHOTOS[1][0] and address(page)["class"] == "rose"
-    assert page.eval("document.querySelector('#bars :checked').value") == "rose"
+    assert shown(page) == PHOTOS[1][0] and address(page)["class"] == "daisy"
+    assert page.texts("#panels figcaption")[1:3] == ["For rose", "For daisy"]
     page.choose("#predicted", "daisy")
-    assert shown(page) == PHOTOS[7][0] and address(page)["class"] == "daisy"
+    assert shown(page) == PHOTOS[7][0] and address(page)["class"] == "rose"
     page.choose("#predicted", "tulip")
     assert listed(page) == [] and not page.eval("$('viewer').checkVisibility()")
     page.choose("#true", "")
     assert shown(page) == PHOTOS[4][0] and page.eval("$('viewer').checkVisibility()")
+
+
+def test_the_class_of_an_earlier_photo_is_not_kept(visit):
+    def add_tulip(run):
+        heatmaps = run["photos"][7]["heatmaps"]
+        heatmaps.append(heatmaps[0] | {"class": 2})
+
+    page = visit("photo=7&class=tulip&order=confidence", add_tulip)
+    assert page.texts("#panels figcaption")[2] == "For tulip"
+    page.choose("#predicted", "rose")
+    assert shown(page) == PHOTOS[2][0]  # which has a heatmap for tulip, too
+    assert page.texts("#panels figcaption")[2] == "For daisy"
 
 
 def test_a_photo_that_is_asked_for_is_in_the_list(visit):
@@ -937,29 +1146,37 @@ def test_names_that_cannot_be_copied_are_marked(visit):
 # ---- What is pointed at --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("part", "output", "told"),
-    [
-        ("#positions [role=img]:nth-child(6)", "#value", "rose: 2 at row 2, column 3 of coarse"),
-        ("#thumbnails a:nth-child(2) .tile", "#thumbnail", "daisy/b.jpg: It says rose, 80\xa0%"),
-        ("#filter .panel .tile", "#filter-5-told", "filter 0 of convolution 5: fires by up to 9.5"),
-        ("#channel .panel .tile", "#channel-1-told", "channel 0 of convolution 1, conv_1"),
-        ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", "tulip predicted as daisy: 0"),
-    ],
-)
-def test_a_value_is_told_while_it_is_pointed_at_and_no_longer(visit, part, output, told):
+TOLD = [
+    (
+        "#predicted-map .positions span:nth-child(6)",
+        "#value",
+        "rose: 2 at row 2, column 3 of coarse",
+    ),
+    ("#thumbnails a:nth-child(2) .tile", "#thumbnail", "daisy/b.jpg: It says rose, 80\xa0%"),
+    (
+        "#filter .panel .tile",
+        "#filter-5-told",
+        "filter 0 of convolution 5: fires by up to 9.5, on tulip/f.jpg",
+    ),
+    ("#channel .panel .tile", "#channel-1-told", "channel 0 of convolution 1, conv_1"),
+    ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", "tulip predicted as daisy: 0"),
+]
+
+
+def test_a_value_is_told_while_it_is_pointed_at_and_no_longer(visit):
     page = visit("photo=0&patterns=5")
-    before = page.text(output)
-    assert not before.startswith(told)
-    page.point(part)
-    assert page.text(output).startswith(told)
-    page.point("h1")
-    assert page.text(output) == before
-    if "span" not in part:
-        page.eval(f"document.querySelector({part!r}).closest('[tabindex]').focus()")
+    for part, output, told in TOLD:
+        before = page.text(output)
+        assert not before.startswith(told)
+        page.point(part)
         assert page.text(output).startswith(told)
-        page.eval("document.activeElement.blur()")
+        page.point("h1")
         assert page.text(output) == before
+        if "td" not in part:
+            page.eval(f"document.querySelector({part!r}).closest('[tabindex]').focus()")
+            assert page.text(output).startswith(told)
+            page.eval("document.activeElement.blur()")
+            assert page.text(output) == before
 
 
 def test_patches_tell_their_place_counted_from_one(visit):
@@ -977,11 +1194,8 @@ def test_a_patch_shows_its_photo_beside_the_filter(visit):
     page.click("#parts .sheet a:nth-child(1)")
     assert page.eval("$('dialog').open") and address(page)["photo"] == "6"
     assert "tulip/f.jpg" in page.texts("#parts figcaption")[1]
-    photo = page.box("#parts figure:nth-child(2) .tile")
-    seen = page.box("#parts .seen")
-    place = [(seen[0] - photo[0]) / photo[2], (seen[1] - photo[1]) / photo[3]]
-    place += [seen[2] / photo[2], seen[3] / photo[3]]
-    assert place == pytest.approx(patch_place(6, *PATCHES[0][0][1:3]), abs=0.01)
+    place = shares_within(page.box("#parts figure:nth-child(2) .tile"), page.box("#parts .seen"))
+    assert place == pytest.approx(patch_place(1, 3), abs=0.01)
     page.click("#parts [href*='section=photos']")
     assert not page.eval("$('dialog').open") and shown(page) == PHOTOS[6][0]
     assert address(page)["section"] == "photos" and -1 < page.box("#photos")[1] < 50
@@ -1014,3 +1228,35 @@ def test_the_gallery_is_a_list_that_opens(visit):
     assert page.text("#pictures li") == "The first picture" and not page.eval(visible)
     page.click("#pictures summary")
     assert page.eval(visible)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_photo_heatmaps_and_classes_are_in_one_view(visit, browser, dark):
+    browser.resize(1280, 680, dark)
+    try:
+        page = visit("photo=1")
+        parts = ["#thumbnails", "#verdict", "#photo", "#predicted-map", "#compared-map"]
+        for part in [*parts, "#difference-map", "#bars", "#blocks", "#worth"]:
+            left, top, width, height = page.box(part)
+            assert left >= 0 and left + width <= 1280, part
+            assert top >= 0 and top + height <= 680, part
+        left, _, width, height = page.box("#thumbnails")
+        assert left + width <= page.box("#photo")[0] and height > 400
+        tops = [page.box(part)[1] for part in parts[2:]]
+        assert tops == [tops[0]] * 3
+    finally:
+        browser.resize(*WINDOW)
+
+
+def test_on_a_phone_bars_come_first_and_panels_are_swiped(visit, browser):
+    browser.resize(390, 844)
+    try:
+        page = visit("photo=1")
+        assert page.eval("document.documentElement.scrollWidth") == 390
+        assert page.box("#bars")[1] < page.box("#panels")[1]
+        swiped = "$('panels').scrollWidth / $('panels').clientWidth"
+        assert page.eval(swiped) > 3
+        _, _, width, _ = page.box("#photo")
+        assert width > 250
+    finally:
+        browser.resize(*WINDOW)
