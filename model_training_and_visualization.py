@@ -1322,11 +1322,8 @@ class Explanation:
     class_names: list
     probabilities: np.ndarray  # (classes,)
     true_index: int | None  # None: not known
-    # {layer: {class index: (h, w) Grad-CAM heatmap}}; the last is the model's last with positions
-    heatmaps: dict
-    # (h, w) at that last layer: above 0 what speaks for the contrast class rather than for the
-    # class explained, below 0 the other way round
-    difference: np.ndarray
+    # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
+    uncut: dict
     # The class's probability as the photo is, without the hottest part, and without a central part
     # of the same size; None where the heatmap is empty.
     deletion: tuple | None = None
@@ -1346,15 +1343,32 @@ class Explanation:
         ranking = most_probable(self.probabilities)
         return int(ranking[ranking != self.class_index][0])
 
+    def heatmap_at(self, layer_name):
+        """The (h, w) heatmap of the class explained, at the end of a block."""
+        return np.maximum(0, self.uncut[layer_name][self.class_index])
+
     @property
     def heatmap(self):
         """The (h, w) heatmap of the class explained, at the model's last layer with positions."""
-        return list(self.heatmaps.values())[-1][self.class_index]
+        return np.maximum(0, self._uncut_at_last_layer[self.class_index])
 
     @property
     def contrast_heatmap(self):
         """The (h, w) heatmap of the contrast class, at the same layer."""
-        return list(self.heatmaps.values())[-1][self.contrast_index]
+        return np.maximum(0, self._uncut_at_last_layer[self.contrast_index])
+
+    @property
+    def difference(self):
+        """(h, w): what speaks for the contrast class rather than for the class explained.
+
+        Below 0 it is the other way round: the uncut heatmap of the difference of their logits.
+        """
+        uncut = self._uncut_at_last_layer
+        return uncut[self.contrast_index] - uncut[self.class_index]
+
+    @property
+    def _uncut_at_last_layer(self):
+        return list(self.uncut.values())[-1]
 
     @property
     def class_name(self):
@@ -1405,13 +1419,11 @@ def explain_photos(survey, numbers, at_once=2):
         of_layers = uncut_grad_cam(forward, inputs, classes)
         explanations = []
         for row, k in enumerate(some):
-            heatmaps = {
-                name: dict(zip(classes[row].tolist(), np.maximum(0, uncut[row]), strict=True))
-                for name, uncut in zip(names, of_layers, strict=True)
+            uncut = {
+                name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
+                for name, of_layer in zip(names, of_layers, strict=True)
             }
             label = int(survey.labels[k])
-            first, second = of_layers[-1][row, :2]  # of the two most probable classes
-            explains_first = label in (-1, classes[row, 0])
             explanation = Explanation(
                 name=survey.name(k),
                 photo=read_photo(survey.paths[k]),
@@ -1419,8 +1431,7 @@ def explain_photos(survey, numbers, at_once=2):
                 class_names=[printable(class_name) for class_name in survey.class_names],
                 probabilities=survey.probabilities[k],
                 true_index=None if label < 0 else label,
-                heatmaps=heatmaps,
-                difference=second - first if explains_first else first - of_layers[-1][row, -1],
+                uncut=uncut,
             )
             explanations.append(explanation)
         explained |= zip(some, _with_deletion(network, explanations), strict=True)
@@ -1499,7 +1510,7 @@ def draw_blocks(output, network, explanation):
     """Draw one photo's heatmaps block by block, each as a share of its own peak: [Picture]."""
     panels = [Panel(explanation, "the photo")]
     for name in network.blocks:
-        heatmap = explanation.heatmaps[name][explanation.class_index]
+        heatmap = explanation.heatmap_at(name)
         height, width = heatmap.shape
         peak = f"peak {heatmap.max():.2g}" if heatmap.any() else "empty"
         share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
@@ -1579,7 +1590,7 @@ class Survey:
     labels: np.ndarray  # (n,) true class indices, -1 where not known
     probabilities: np.ndarray  # (n, classes)
     classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
-    heatmaps: np.ndarray  # (n, k, h, w) Grad-CAM at the model's last layer with positions
+    uncut: np.ndarray  # (n, k, h, w) uncut Grad-CAM at the model's last layer with positions
     peaks: dict  # {layer: Peaks of its first filters}
 
     @cached_property
@@ -1625,11 +1636,10 @@ def survey_photos(network, photos, labels, class_names, read=None):
         classes = _classes_in_question(probabilities, labels[some])
         # From the last layer with positions on: nothing before it need be computed again.
         (uncut,) = uncut_grad_cam(head, feature_maps, classes)
-        heatmaps = np.maximum(0, uncut)
-        require_finite(probabilities, heatmaps)
-        found.append((probabilities, classes, heatmaps, *map(peaks_of, activations)))
-    probabilities, classes, heatmaps, *peaks = zip(*found, strict=True)
-    joined = [np.concatenate(parts) for parts in (probabilities, classes, heatmaps)]
+        require_finite(probabilities, uncut)
+        found.append((probabilities, classes, uncut, *map(peaks_of, activations)))
+    probabilities, classes, uncut, *peaks = zip(*found, strict=True)
+    joined = [np.concatenate(parts) for parts in (probabilities, classes, uncut)]
     of_layers = {}
     for name, parts in zip(layer_names, peaks, strict=True):
         values = np.concatenate([part.values for part in parts])
@@ -2683,7 +2693,7 @@ def _run_facts(survey, record, command):
     named = (settings | versions | {"Keras": keras.__version__}).items()
     class_names = [printable(name) for name in survey.class_names]
     return {
-        "format": 2,
+        "format": 3,
         "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
         "warnings": _warnings_about(evaluation),
         "command": command,
@@ -2754,7 +2764,7 @@ def _photo_facts(output, survey, explained, progress):
         photo |= {"ratio": ratio, "listed": index < listed}
         photo |= _photo_entry(survey, k)
         if k in explained:
-            heatmaps = _heatmap_entries(list(explained[k].heatmaps.values()))
+            heatmaps = _heatmap_entries(list(explained[k].uncut.values()))
             photo |= {"heatmaps": heatmaps, "worth": deletion_caption(explained[k])}
         photos.append(photo)
     return {"photo_count": len(survey.paths), "photos": photos, "stored": stored, **sheets}
@@ -2784,7 +2794,7 @@ def _photo_entry(survey, number):
     true_index = None if label < 0 else label
     class_names = [printable(name) for name in survey.class_names]
     doubts = doubt(probabilities[None], np.array([label]))
-    of_classes = dict(zip(survey.classes[number].tolist(), survey.heatmaps[number], strict=True))
+    of_classes = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
     return {
         "name": survey.name(number),
         "verdict": verdict(class_names, probabilities, true_index),
@@ -2806,16 +2816,21 @@ def _probability_entries(probabilities, label):
 
 
 def _heatmap_entries(of_layers):
-    """The entries of a photo's classes, from {class index: (h, w) heatmap} for each layer."""
+    """The entries of a photo's classes, from {class index: (h, w) uncut Grad-CAM} of each layer.
+
+    What speaks for a class and what speaks against it are two maps.
+    """
     entries = []
     for class_index in of_layers[0]:
-        encoded = [_encoded_heatmap(of_layer[class_index]) for of_layer in of_layers]
-        maps, peaks = zip(*encoded, strict=True)
-        entries.append({"class": class_index, "peaks": peaks, "maps": maps})
+        uncut = [of_layer[class_index] for of_layer in of_layers]
+        maps, peaks = zip(*(_encoded(np.maximum(0, it)) for it in uncut), strict=True)
+        against, against_peaks = zip(*(_encoded(np.maximum(0, -it)) for it in uncut), strict=True)
+        entry = {"class": class_index, "peaks": peaks, "maps": maps}
+        entries.append(entry | {"against_peaks": against_peaks, "against": against})
     return entries
 
 
-def _encoded_heatmap(heatmap):
+def _encoded(heatmap):
     """An (h, w) heatmap as base64 of bytes, row by row, and the value that 255 stands for."""
     peak = float(heatmap.max())
     shares = np.rint(heatmap * (255 / (peak or 1))).astype("uint8")

@@ -197,6 +197,10 @@ class Known:
         """Grad-CAM at `looks_on`: a weight's mean over the positions is its entry in RAISES."""
         return np.maximum(0, self.looks_on @ RAISES[:, class_index])
 
+    def against(self, class_index):
+        """What Grad-CAM cuts away: what speaks against a class."""
+        return np.maximum(0, -self.looks_on @ RAISES[:, class_index])
+
     def for_one_rather_than(self, one, other):
         """Grad-CAM of the difference of two logits, not cut at 0."""
         return self.looks_on @ (RAISES[:, one] - RAISES[:, other])

@@ -302,6 +302,9 @@ def test_each_heatmap_is_filed_under_the_class_that_it_was_worked_out_for(drawn)
             assert peak == pytest.approx(heatmap.max(), rel=1e-3)
             found = decoded(it["maps"][-1], peak, (4, 7))
             np.testing.assert_allclose(found, heatmap, atol=peak / 500 + 1e-6)
+            against, peak = known.against(it["class"]), it["against_peaks"][-1]
+            found = decoded(it["against"][-1], peak, (4, 7))
+            np.testing.assert_allclose(found, against, atol=peak / 400 + 1e-6)
             if len(it["maps"]) == 2:  # that of an explained photo
                 at_mixed, peak = known.heatmap_at_mixed(it["class"]), it["peaks"][0]
                 found = decoded(it["maps"][0], peak, (11, 17))

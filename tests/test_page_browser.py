@@ -51,10 +51,22 @@ def encoded(rows):
     return base64.b64encode(np.array(rows, "uint8").tobytes()).decode()
 
 
-def heatmap(class_index, *layers):
-    """The entry of a class from its (peak, rows of bytes) at each layer."""
+def heatmap(class_index, *layers, against=None):
+    """The entry of a class from its (peak, rows of bytes) at each layer.
+
+    against: the same of what speaks against the class; nothing does where it is left out.
+    """
     peaks, maps = zip(*layers, strict=True)
-    return {"class": class_index, "peaks": peaks, "maps": [encoded(rows) for rows in maps]}
+    against_peaks, against_maps = zip(
+        *(against or [(0, 0 * np.array(it)) for it in maps]), strict=True
+    )
+    return {
+        "class": class_index,
+        "peaks": peaks,
+        "maps": [encoded(rows) for rows in maps],
+        "against_peaks": against_peaks,
+        "against": [encoded(rows) for rows in against_maps],
+    }
 
 
 # What each says, most probable first. Photo 4 is the visitor's own; 8 only lends patches.
@@ -139,7 +151,8 @@ def write_run(folder):
             }
         )
     photos[2]["heatmaps"].append(heatmap(0, (0.5, ROSE)))
-    rose = heatmap(1, (5.0, FINE_ROSE), (2.5, ROSE))
+    against_rose = [(0, np.zeros((3, 5))), (3.0, [[0, 0, 255], [0, 0, 0]])]
+    rose = heatmap(1, (5.0, FINE_ROSE), (2.5, ROSE), against=against_rose)
     daisy = heatmap(0, (1.0, FINE_DAISY), (5.0, DAISY))
     photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
     nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
@@ -456,8 +469,8 @@ def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit
     assert page.text("#difference-map figcaption") == "For rose rather than daisy"
     assert page.text("#difference-map .scale").split() == ["−5", "5"]
     labels = page.each("#difference-map .positions [role=img]", "ariaLabel")
-    # ROSE of 2.5 less DAISY of 5
-    expected = ["−5", "0.5", "1", "1.5", "2.5", "1"]
+    # ROSE of 2.5, less 3 in its third place, less DAISY of 5
+    expected = ["−5", "0.5", "−2", "1.5", "2.5", "1"]
     assert [label.split()[4] for label in labels] == expected
     colours = page.colours("#difference-map .positions [role=img]")
     (red, _, blue), (red_5, _, blue_5) = colours[0], colours[4]
