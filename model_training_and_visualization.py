@@ -83,7 +83,7 @@ def main(options, build=None, **pattern_settings):
         read = test.read if test else None
         survey = survey_photos(Network(model), photos, labels, class_names, read)
         report(survey, options)
-        command = pasteable("python", Path(sys.argv[0]).name, *sys.argv[1:])
+        command = pasteable("python", *without_folders(sys.argv))
         draw_survey(survey, options.output, record, command, options.seed, **pattern_settings)
     except KeyboardInterrupt:
         print(f"\nThe model is saved in {printable(options.model)}; --skip-training draws it.")
@@ -3235,6 +3235,7 @@ def _run_settings(options, splits, phases):
     """What the training depends on, for its record."""
     names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
     settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
+    settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
     settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
     settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
     return settings
@@ -3322,6 +3323,13 @@ def _warn_if_saturated(network, file):
     if np.allclose(black, white, rtol=1e-4, atol=1e-6):
         print(f"Warning: {file}: its first activations are alike for a black and a white photo.")
         print("It is fed 0–255 RGB; if it needs other numbers, let a Rescaling follow its input.")
+
+
+def without_folders(words):
+    """The words of a command with the bare names of files: a page is there to be published."""
+    for word in words:
+        option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+        yield option + equals + (Path(value).name or value)
 
 
 def photos_and_labels(own_photos, test):

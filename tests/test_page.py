@@ -103,6 +103,20 @@ def test_of_equally_probable_classes_the_first_come_first_and_the_true_one_is_to
         assert photo["ratio"] >= 0.001
 
 
+def test_a_command_is_told_without_the_folders_of_whoever_ran_it():
+    words = [
+        "/home/ann/study.py",
+        "--data",
+        "../photos",
+        "--model=/home/ann/net.keras",
+        "--seed",
+        "1",
+    ]
+    expected = ["study.py", "--data", "photos", "--model=net.keras", "--seed", "1"]
+    assert list(study.without_folders(words)) == expected
+    assert list(study.without_folders(["--data", "."])) == ["--data", "."]
+
+
 def test_shares_of_classes_without_photos_are_not_told(made):
     _, *rows, precision = made[2]["test"]
     assert [row[-1] for row in rows[:3]] == ["1.00", "0.00", "—"]  # recall
