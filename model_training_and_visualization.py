@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 from create_train_val_test import (
     PHOTO_SUFFIXES,
@@ -69,7 +70,8 @@ DELETED_FRACTION = 0.2  # of a photo, blurred away for its heatmap's deletion sc
 def main(options, build=None, **pattern_settings):
     """Train a model or load one, evaluate it, and draw what it sees.
 
-    build: makes the model to be trained, in place of build_model. pattern_settings: see draw.
+    build: makes the model to be trained, in place of build_model, with InceptionV3's names of
+    blocks. pattern_settings: see draw_survey.
     """
     prepare_libraries()
     require_writable(options.output)
@@ -232,8 +234,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 # ---- 1. Photos: from the split folders to augmented batches --------------------------------------
 # Each photo is squeezed to the square that the model takes, as 0–255 RGB. Training photos are
-# turned, shifted and mirrored at random in every epoch, so that the model never meets the same
-# picture twice and learns none by heart.
+# turned, shifted and mirrored at random in every epoch, so that the model hardly ever meets the
+# same picture twice, and learns none by heart.
 
 
 def open_all_splits(data, size, batch_size, seed):
@@ -399,8 +401,8 @@ def _affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
 # go through a small classifier, the head. The model scales the pixels itself: whoever loads the
 # saved file feeds plain photos and cannot get the range wrong.
 
-# Along each side of the last feature maps, from scratch: with fewer a heatmap tells little. Weights
-# that are given keep the strides that they were learnt with.
+# The fewest positions along a side of the last feature maps where training starts from scratch:
+# with fewer a heatmap tells little. Weights that are given keep the strides they were learnt with.
 FEWEST_POSITIONS = 5
 
 
@@ -512,8 +514,10 @@ def _holds_model(path):
 # Pretrained layers know edges, petals and textures; a new head knows nothing, and its first wild
 # gradients would spoil them. So the head learns alone on the frozen base ("head"), then the upper
 # blocks follow at a low learning rate ("fine-tuning"). From scratch all layers learn at once
-# ("scratch"). In both of these the rate warms up for a tenth of the steps, then falls to 0 along a
-# cosine.
+# ("scratch"). In fine-tuning and from scratch the rate warms up for a tenth of the steps, then
+# falls to 0 along a cosine.
+
+FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
 
 
 @dataclass(frozen=True)
@@ -552,21 +556,21 @@ def train(model, splits, phases, checkpoints):
 
     Raises Stop where the loss becomes NaN or the memory runs out.
     """
-    photos = splits["train"]
+    batches = splits["train"]
     for phase in phases:
         if checkpoints.epochs >= phase.end_epoch:
             continue
-        compile_for(model, phase, len(photos))
+        compile_for(model, phase, len(batches))
         if checkpoints.epochs > phase.start_epoch:
             # Loaded again: there is an optimizer now, which gets its state back.
             model.load_weights(checkpoints.file_of(checkpoints.epochs))
-        photos.epoch = checkpoints.epochs
-        epochs = f"epochs {checkpoints.epochs + 1} to {phase.end_epoch}"
-        print(f"Phase {phase.name}: {epochs}, learning rate {phase.learning_rate:g}.")
+        batches.epoch = checkpoints.epochs
+        stretch = f"epochs {checkpoints.epochs + 1} to {phase.end_epoch}"
+        print(f"Phase {phase.name}: {stretch}, learning rate {phase.learning_rate:g}.")
         print("Its first step takes a while, as the model is compiled.", flush=True)
         try:
             model.fit(
-                photos,
+                batches,
                 validation_data=splits["validation"],
                 shuffle=False,  # the photos shuffle themselves, by seed and epoch
                 initial_epoch=checkpoints.epochs,
@@ -602,7 +606,8 @@ def compile_for(model, phase, steps_per_epoch):
         )
     optimizer = keras.optimizers.Adam(rate)
     model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
-    # Optimizer and metrics get their variables now: made in the first step, it is traced twice.
+    # Optimizer and metrics get their variables now: if the first step made them, it would be traced
+    # a second time.
     model.optimizer.build(model.trainable_variables)
     nothing = np.zeros((1, *model.output_shape[1:]), "float32")
     model.compute_metrics(None, nothing, nothing)
@@ -610,32 +615,109 @@ def compile_for(model, phase, steps_per_epoch):
 
 
 def freeze(model, phase):
-    """Let the phase's layers learn, and no others; BatchNormalization only in phase "scratch".
+    """Let the phase's layers learn, and no others; BatchNormalization with batch_statistics only.
 
-    Frozen, it scales by the moving mean and variance that came with the weights, in training as in
-    validation. In every phase but "scratch" it stays so: the head learns on features that are
-    scaled that way, and would have to learn again if they changed when the blocks are unfrozen.
+    A frozen BatchNormalization scales by the moving mean and variance that came with the weights,
+    in training as in validation. It stays so in all phases but that from scratch: the head learns
+    on features that are scaled that way, and would have to learn again if they changed when the
+    blocks are unfrozen.
     """
-    below = phase.freeze_below
-    last_frozen = {"none": None, "head": BLOCKS[-1]}
-    if below in BLOCKS:
-        poolings = [layer for layer in model.layers if isinstance(layer, layers.MaxPooling2D)]
-        # What comes before mixed0 is the stem, which ends with the second pooling.
-        ends = [poolings[1].name, *BLOCKS]
-        last_frozen[below] = ends[BLOCKS.index(below)]
     frozen = []
-    if last_frozen[below]:
-        frozen = keras.Model(model.input, model.get_layer(last_frozen[below]).output).layers
+    if phase.freeze_below != "none":
+        last_frozen = _last_layer_below(model, phase.freeze_below)
+        frozen = keras.Model(model.input, last_frozen.output).layers
     for layer in model.layers:
         normalizes = isinstance(layer, layers.BatchNormalization)
         layer.trainable = layer not in frozen and (phase.batch_statistics or not normalizes)
 
 
+def _last_layer_below(model, block):
+    """The layer that ends what comes before a block, or before the head."""
+    if block == "head":
+        return model.get_layer(BLOCKS[-1])
+    if block == BLOCKS[0]:  # below it is the stem, which ends with the second pooling
+        poolings = [layer for layer in model.layers if isinstance(layer, layers.MaxPooling2D)]
+        return poolings[1]
+    return model.get_layer(BLOCKS[BLOCKS.index(block) - 1])
+
+
+def train_and_save(options, build=build_model):
+    """Train, and save the model of the best epoch. Returns what open_saved returns."""
+    require_writable(options.model.parent)
+    size = (options.image_size, options.image_size)
+    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
+    phases = training_phases(
+        options.epochs, options.weights, options.freeze_below, options.learning_rate
+    )
+    _describe(splits, class_names, phases)
+    options.model.parent.mkdir(parents=True, exist_ok=True)
+    lock = options.model.with_name(f".{options.model.name}.lock")
+    busy = (
+        f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
+    )
+    with locked(lock, busy):
+        settings = _run_settings(options, splits, phases)
+        same = settings | {"classes": class_names}  # what a resumed run must have in common
+        checkpoints = Checkpoints(_checkpoint_folder(options.model), same)
+        model = _train_from(options, splits, phases, checkpoints, build)
+        photos, _ = splits["test"][0]
+        network = Network(model)
+        require_finite(*network.activations(photos, [network.heatmap_layer, LOGITS]))
+        with replace_when_whole(options.model) as partial_path:
+            model.save(partial_path)
+        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
+        _write_json(history_file(options.model), record)
+        shutil.rmtree(checkpoints.folder)
+    return model, class_names, splits["test"], record
+
+
+def _train_from(options, splits, phases, checkpoints, build):
+    """Train from the start, or from the newest checkpoint: the model of the best epoch."""
+    newest = next(checkpoints.newest(), None)
+    if newest and not options.resume:
+        epochs = len(newest[2]["loss"])
+        folder = printable(checkpoints.folder)
+        print(f"{folder} holds an interrupted run of {epochs} epochs. To go on with it, press")
+        print("Ctrl-C and add --resume. Otherwise this run deletes it after its first epoch.")
+    keras.utils.clear_session()  # the names of the layers count from the start again
+    keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
+    with training_strategy().scope():
+        model = build(splits["train"].class_count, options.image_size, options.weights)
+        if options.resume:
+            checkpoints.resume(model)
+        train(model, splits, phases, checkpoints)
+    keras.config.set_dtype_policy("float32")
+    best = checkpoints.file_of(checkpoints.best_epoch)
+    return in_float32(keras.saving.load_model(best, compile=False))
+
+
+def _describe(splits, class_names, phases):
+    """Print what is about to be trained, and a warning where the photos are too few to judge by."""
+    counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
+    stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
+    names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
+    print(f"Photos: {counts}. Classes: {names}. Epochs: {stretches}.", flush=True)
+    for split in ("validation", "test"):
+        fewest = np.bincount(splits[split].labels).min()
+        if fewest < FEW_PHOTOS:
+            few = f"{split} has a class of {fewest} photos"
+            print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
+
+
+def _run_settings(options, splits, phases):
+    """What the training depends on, for its record."""
+    names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
+    settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
+    settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
+    settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
+    settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
+    return settings
+
+
 # ---- 4. Evaluation: what the model gets right and wrong ------------------------------------------
 # The test photos took no part in training, nor in the choice of the best epoch: their metrics tell
 # how the model does on photos that it has never met. They are computed once, at the end.
-
-FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
 
 
 @dataclass(frozen=True)
@@ -702,19 +784,19 @@ def _shares(counts, totals):
 
 
 def doubt(probabilities, labels):
-    """(n,) by which photos are ordered: the worst mistake first, the most certain photo last.
+    """A sort key (n,): the worst mistake is lowest, the most certain photo highest.
 
     A mistake is the worse the less probable its true class is (from -1 to 0); of the others the
-    least confident come first (0 to 1). labels: true class indices, -1 where not known.
+    least confident are lowest (0 to 1). labels: true class indices, -1 where not known.
     """
     confidence = probabilities.max(1)
-    of_true_class = probabilities[np.arange(len(labels)), labels]
+    of_true_class = probabilities[np.arange(len(labels)), labels]  # of -1 the last, which is unused
     is_mistake = (labels >= 0) & (probabilities.argmax(1) != labels)
     return np.where(is_mistake, of_true_class - 1, confidence)
 
 
-def choose_examples(evaluation):
-    """Photo indices: the most confident correct one, then worst mistakes, then least confident."""
+def example_order(evaluation):
+    """All photo indices: the most confident correct one, then by doubt, worst mistakes first."""
     doubts = doubt(evaluation.probabilities, evaluation.labels)
     by_doubt = np.argsort(doubts, kind="stable").tolist()
     if doubts.max() < 0:
@@ -770,11 +852,14 @@ class Picture:
 
     file: str
     caption: str
-    sheet: dict | None = None  # how the page cuts it, where it is a sheet of filters or channels
+    sheet: dict | None = None  # where its tiles lie, for the page; see sheet_facts
 
 
 def draw_evaluation(output, evaluation, record=None):
-    """Draw the confusion matrix and, where the training is recorded, its curves: [Picture]."""
+    """Draw the confusion matrix and, where the training is recorded, its curves: [Picture].
+
+    record: see read_record; its settings hold {"phases": {name: number of epochs}}.
+    """
     save_confusion_matrix(output / "confusion_matrix.png", evaluation)
     caption = "How often each true class (row) is taken for each class (column)"
     pictures = [Picture("confusion_matrix.png", caption)]
@@ -787,10 +872,17 @@ def draw_evaluation(output, evaluation, record=None):
 
 
 # ---- 5. Activation grids: what each channel of a layer shows -------------------------------------
-# A convolution turns the photo into channels, one for each of its filters: feature maps of how much
-# each place looks like what the filter looks for. The first ones look like drawings of the photo in
-# edges and colours; deeper ones are coarser and react to parts. The ReLU that follows (ReLU.png)
-# keeps what is positive, and that is all that the next layer gets to see.
+# A convolution turns what it is given, the first one the photo, into channels, one for each of its
+# filters: feature maps of how much each place looks like what the filter looks for. Those of the
+# first layers look like drawings of the photo in edges and colours; deeper ones are coarser and
+# react to parts. They are normalized, and the ReLU that follows (ReLU.png) keeps what is positive:
+# that is all that the next layer gets to see.
+#
+# What there is to know of a model is found by its Network, in the workshop: `activations` of any
+# layer, `compute` to differentiate them, all `convolutions` (each with its `layer`, whose output is
+# raw, and its `activation`, the layer whose output tells whether a filter fires), the
+# `receptive_fields` (where a position looks, in pixels), and the `heatmap_layer`, the last layer
+# with positions.
 
 # Blue for negative activations, black for 0, red to yellow for positive ones.
 ACTIVATION_COLOURS = LinearSegmentedColormap.from_list(
@@ -826,7 +918,7 @@ def _grid_tile_side(channels):
 def _channel_tiles(activation):
     """Pictures (channels, side, side, 3) uint8 of an (h, w, channels) activation.
 
-    Each channel has a scale of its own. One that is 0 everywhere becomes a grey cross.
+    Each channel has a scale of its own. One that is 0 everywhere becomes a light cross on grey.
     """
     channels = activation.shape[2]
     side = _grid_tile_side(channels)
@@ -893,11 +985,13 @@ def _grid_caption(title, activation, photo_name):
 # Each filter gets an image of its own, faint noise at first, that follows the gradient of the
 # filter's mean activation upwards: it becomes what the filter looks for ("Feature Visualization",
 # Olah et al., 2017). The gradient is that of the convolution's own output, as a dead ReLU passes
-# none; the activation after it tells whether the filter fires.
+# none (so a BatchNormalization of negative gamma, which InceptionV3 does not have, turns it round);
+# the activation after it tells whether the filter fires.
 #
 # The ascent does not change single pixels, which would end in noise. It changes the waves that the
 # image is the sum of (its Fourier coefficients), in decorrelated colours: three that vary almost
-# independently in photos. The waves go on beyond the canvas: all that a filter sees is pattern.
+# independently in photos. The waves go on beyond the picture, the canvas: all that a filter sees is
+# pattern.
 
 FILTERS_DRAWN = 64  # of a convolution, the first ones
 PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
@@ -918,12 +1012,12 @@ SHORTEST_WAVELENGTH = 3.5  # pixels: shorter waves raise the activation as noise
 FLAT_COLOUR = 0.8  # strength of the mean colour; at 1 some early filters paint nothing else
 
 # Square root of the colour correlation of ImageNet's photos, published with Lucid: rows are red,
-# green and blue, columns are brightness, blue to yellow and green to magenta. Divided by
-# the length of the first column. The last two are 3 times as strong as in photos: with the colours
-# of photos patterns look muted.
+# green and blue, columns are brightness, red to blue and green to magenta.
 COLOUR_CORRELATION_ROOT = np.array(
     [[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]], "float32"
 )
+# Divided by the length of the first column. The last two are 3 times as strong as in photos: with
+# the colours of photos patterns look muted.
 BRIGHTNESS_LENGTH = np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0])
 COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "float32")
 
@@ -933,11 +1027,12 @@ def filter_patterns(
 ):
     """Pictures that fire the filters of a convolution, and whether they do.
 
-    model: a Keras model or a Network. filters: their numbers. size: pixels; steps: of the ascent.
-    Returns (n, size, size, 3) uint8 pictures, which can be repeated without a seam, and (n,)
-    booleans: whether the activation that follows the convolution is above 0 anywhere on the
-    finished picture. on_progress: called with the place in `filters` that is reached, lower again
-    where silent ones are started anew. Raises Stop for a layer that is no convolution of the model.
+    model: a Keras model or a Network. filters: their numbers. size: pixels, a multiple of the
+    layer's stride; steps: of the ascent. Returns (n, size, size, 3) uint8 pictures, which can be
+    repeated without a seam, and (n,) booleans: whether the activation that follows the convolution
+    is above 0 anywhere on the finished picture, its edges included. on_progress: called with the
+    place in `filters` that is reached, lower again where silent ones are started anew. Raises Stop
+    for a layer that is no convolution of the model.
     """
     network = network_of(model)
     convolution = network.convolution(layer_name)
@@ -1004,9 +1099,9 @@ def _ascent_step(network, layer_name, waves, scale, margin):
 def _canvas_margin(field):
     """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
 
-    About half of what a filter sees, at most PATTERN_MARGIN. In whole strides, so that the
-    positions look at the same places of the finished picture as of the canvas: a filter that fires
-    on a pattern may not fire on the same one moved by some pixels.
+    About half of what a filter sees, at most PATTERN_MARGIN or one stride. In whole strides, so
+    that the positions look at the same places of the finished picture as of the canvas: a filter
+    that fires on a pattern may not fire on the same one moved by some pixels.
     """
     stride = int(max(field.stride))
     reach = min(PATTERN_MARGIN, int(max(field.size)) // 2 + stride - 1)
@@ -1018,8 +1113,8 @@ def _wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
 
     Waves longer than the filter sees are scaled like the longest one that it sees.
     """
-    # cos + sin of positive and negative frequencies (Hartley, 1942) span what complex waves span,
-    # with real coefficients; two small matrix products then cost less than a fast transform.
+    # cos + sin of positive and negative frequencies (Hartley, 1942): they span what complex waves
+    # span, with real coefficients. Two small matrix products cost less than a fast transform.
     cycles = np.fft.fftfreq(size, 1 / size)
     cycles = cycles[np.abs(cycles) <= size / SHORTEST_WAVELENGTH]
     pixels = np.arange(-margin, size + margin)
@@ -1029,7 +1124,7 @@ def _wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
     # The square root lies between a flat spectrum, which gives speckle, and that of photos (1/f),
     # which gives blotches.
     scale = np.sqrt(wavelength / longest_wavelength)
-    scale[frequency > size / SHORTEST_WAVELENGTH] = 0  # alike in all directions
+    scale[frequency > size / SHORTEST_WAVELENGTH] = 0  # a round cut, which prefers no direction
     scale[frequency == 0] *= FLAT_COLOUR
     return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
 
@@ -1087,7 +1182,7 @@ class Patterns:
 
 
 def find_patterns(network, seed=0, progress=None, size=PATTERN_SIZE, steps=PATTERN_STEPS):
-    """The Patterns of the first 64 filters of some convolutions."""
+    """[Patterns] of the first filters of some convolutions, FILTERS_DRAWN of each."""
     found = []
     for convolution in network.nearest_convolutions(PATTERN_CONVOLUTIONS):
         count = min(FILTERS_DRAWN, convolution.channels)
@@ -1154,8 +1249,8 @@ def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
 def most_selective(peaks, count=EXAMPLE_FILTERS):
     """Numbers of the filters whose best photos stand out most, the most selective first.
 
-    Measured by how far the mean peak of its five best photos lies above that of all photos, in
-    standard deviations of the peaks. A filter that fires on no photo is left out.
+    Measured by how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all
+    photos, in standard deviations of the peaks. A filter that fires on no photo is left out.
     """
     best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
     spread = peaks.values.std(0)
@@ -1184,13 +1279,14 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     return patch
 
 
-def draw_examples(output, survey, patterns):
+def draw_examples(output, network, patterns, peaks, paths):
     """Draw for a convolution's most selective filters pattern and patches: [Picture].
 
-    survey: of the photos that the patches come from. Nothing is drawn where no filter fires.
+    patterns: of the convolution. peaks: those of its activation in the photos of these paths.
+    Nothing is drawn where no filter fires.
     """
-    network, convolution = survey.network, patterns.convolution
-    field, peaks = network.receptive_fields[convolution.activation], survey.peaks_of(convolution)
+    convolution = patterns.convolution
+    field = network.receptive_fields[convolution.activation]
     filters = most_selective(peaks)
     if not filters:
         return []
@@ -1198,13 +1294,13 @@ def draw_examples(output, survey, patterns):
     for number in filters:
         patches = []
         for k in top_photos(peaks, number):
-            photo, position = read_photo(survey.paths[k]), peaks.positions[k, number]
+            photo, position = read_photo(paths[k]), peaks.positions[k, number]
             patch = cut_patch(photo, network.input_size, field, position)
             patches.append((patch, float(peaks.values[k, number])))
         rows.append(patches)
     caption = (
         f"What fires {convolution}: {len(filters)} of its {convolution.channels} filters, the most "
-        f"selective first\nnumber, pattern, and the patches of {len(survey.paths)} photos that "
+        f"selective first\nnumber, pattern, and the patches of {len(paths)} photos that "
         "fire it most, with the activation"
     )
     file = f"conv2d_{convolution.number}_examples.jpg"
@@ -1217,6 +1313,10 @@ def draw_examples(output, survey, patterns):
 # gradient), and adds up the channels' feature maps with these weights: where the sum is positive,
 # something speaks for the class. It takes the logit, not the probability after the softmax: where
 # the model is sure, that is flat and has no gradient.
+#
+# A heatmap has one value a position. It is laid on the photo where the receptive fields of these
+# positions lie, and judged by deletion: how far the probability falls when what it marks is blurred
+# away, beside a part of the same size in the middle of the photo, the control.
 
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
@@ -1261,11 +1361,11 @@ def uncut_grad_cam(forward, inputs, classes):
 def place_heatmap(heatmap, field, size):
     """Lay an (h, w) heatmap where its positions look: float32 of this size, (height, width).
 
-    Between the centres of the receptive fields it is interpolated. Beyond the outermost it fades to
-    0 within a stride: fewer positions see the edge of a photo than see its middle.
+    size: that of the model's input, in whose pixels the receptive field is given. Between the
+    centres of the fields the heatmap is interpolated, beyond the outermost it fades to 0 within a
+    stride: no position looks there, and few see it.
     """
-    first_y, first_x = np.array(field.place((0, 0))) - 0.5  # OpenCV counts from a pixel's centre
-    stride_y, stride_x = field.stride
+    (first_y, first_x), (stride_y, stride_x) = field.centre, field.stride
     to_positions = np.array(
         [[1 / stride_x, 0, -first_x / stride_x], [0, 1 / stride_y, -first_y / stride_y]]
     )
@@ -1278,12 +1378,31 @@ def place_heatmap(heatmap, field, size):
     )
 
 
-def deletion_scores(network, photos, masks):
+class Deletion(NamedTuple):
+    """The probability of a class for a photo as it is, and without a part of it.
+
+    After the deletion game of RISE (Petsiuk et al., 2018), but blurred, and in one step.
+    """
+
+    before: float
+    without_hottest: float  # where the heatmap is highest
+    without_central: float  # the control: a part of the same size in the middle
+
+
+def deletion_of(network, explanation):
+    """The Deletion of the heatmap of an Explanation."""
+    size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
+    hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
+    central = top_fraction(centred_blob(size))
+    without = probabilities_without(network, [explanation.pixels] * 2, [hottest, central])
+    of_class = [explanation.probabilities, *without]
+    return Deletion(*(float(it[explanation.class_index]) for it in of_class))
+
+
+def probabilities_without(network, photos, masks):
     """Probabilities (n, classes) of n (height, width, 3) photos, each with its mask blurred away.
 
-    One step of the deletion game of RISE (Petsiuk et al., 2018): a heatmap is worth something if
-    the probability falls further when what it marks is blurred than when a part of the same size
-    in the middle is.
+    masks: (height, width) booleans. What is blurred still has its colour, but no shape.
     """
     without = []
     for photo, mask in zip(photos, masks, strict=True):
@@ -1307,7 +1426,7 @@ def top_fraction(heatmap, fraction=DELETED_FRACTION):
 
 
 def centred_blob(size):
-    """The control: (height, width) values that fall with the distance to the middle."""
+    """The control of a heatmap: (height, width) values that fall away from the middle."""
     rows, columns = np.indices(size)
     return -np.hypot(rows - (size[0] - 1) / 2, columns - (size[1] - 1) / 2)
 
@@ -1324,9 +1443,7 @@ class Explanation:
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
     uncut: dict
-    # The class's probability as the photo is, without the hottest part, and without a central part
-    # of the same size; None where the heatmap is empty.
-    deletion: tuple | None = None
+    deletion: Deletion | None = None  # of the heatmap; None where it is empty
 
     @property
     def predicted_index(self):
@@ -1339,7 +1456,7 @@ class Explanation:
 
     @property
     def contrast_index(self):
-        """The most probable of the other classes."""
+        """The most probable of the other classes: of a mistake, the predicted class."""
         ranking = most_probable(self.probabilities)
         return int(ranking[ranking != self.class_index][0])
 
@@ -1401,62 +1518,9 @@ def _classes_in_question(probabilities, labels):
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
-def explain_photos(survey, numbers, at_once=2):
-    """{number: Explanation} of some photos of a survey, with heatmaps at the end of each block.
-
-    at_once: photos whose feature maps of all blocks are in memory together.
-    """
-    network, explained = survey.network, {}
-    names = network.heatmap_layers
-    forward = partial(network.compute, names=[*names, LOGITS])
-    for start in range(0, len(numbers), at_once):
-        some = numbers[start : start + at_once]
-        photos = [survey.read(survey.paths[k]) for k in some]
-        classes = survey.classes[some]
-        if (classes[:, 2:] == classes[:, :2]).any(1).all():
-            classes = classes[:, :2]  # the true class need not be asked about twice
-        inputs = tf.constant(np.stack(photos), tf.float32)
-        of_layers = uncut_grad_cam(forward, inputs, classes)
-        explanations = []
-        for row, k in enumerate(some):
-            uncut = {
-                name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
-                for name, of_layer in zip(names, of_layers, strict=True)
-            }
-            label = int(survey.labels[k])
-            explanation = Explanation(
-                name=survey.name(k),
-                photo=read_photo(survey.paths[k]),
-                pixels=photos[row],
-                class_names=[printable(class_name) for class_name in survey.class_names],
-                probabilities=survey.probabilities[k],
-                true_index=None if label < 0 else label,
-                uncut=uncut,
-            )
-            explanations.append(explanation)
-        explained |= zip(some, _with_deletion(network, explanations), strict=True)
-    return explained
-
-
-def _with_deletion(network, explanations):
-    """The same Explanations with the deletion scores of their heatmaps and of the control."""
-    size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
-    central = top_fraction(centred_blob(size))
-    photos, masks = [], []
-    for it in explanations:
-        photos += [it.pixels, it.pixels]
-        masks += [top_fraction(place_heatmap(it.heatmap, field, size)), central]
-    scores = deletion_scores(network, photos, masks).reshape(len(explanations), 2, -1)
-    scored = []
-    for it, of_photo in zip(explanations, scores, strict=True):
-        worth = it.probabilities[it.class_index], *of_photo[:, it.class_index]
-        scored.append(replace(it, deletion=tuple(map(float, worth)) if it.heatmap.any() else None))
-    return scored
-
-
 def verdict(class_names, probabilities, true_index):
     """What the model says of a photo and, where that is known (not None), what is true."""
-    first, second = (*most_probable(probabilities), 0)[:2]
+    first, second = most_probable(probabilities)[:2]
     named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
     if true_index is None:
         return f"It says {named[first]}; {named[second]}"
@@ -1467,11 +1531,12 @@ def verdict(class_names, probabilities, true_index):
 
 
 def deletion_caption(explanation):
-    """The deletion scores of the heatmap and of the control, in words; see deletion_scores."""
+    """The Deletion of the heatmap, in words."""
     name = explanation.class_name
     if explanation.deletion is None:
         return f"Nothing speaks for {name}: the heatmap is empty."
     before, without_hottest, without_central = explanation.deletion
+    # A heatmap is worth something if more is lost with what it marks than with the middle.
     judgement = "No better than a guess here."
     if without_hottest < without_central - DELETION_MARGIN:
         judgement = "Better than a guess here."
@@ -1495,7 +1560,13 @@ def draw_heatmaps(output, network, explanations):
         height, width = heatmap.shape
         panels = [
             Panel(explanation, "the photo"),
-            Panel(explanation, f"Grad-CAM for {name}, {height} × {width}", heatmap, field, True),
+            Panel(
+                explanation,
+                f"Grad-CAM for {name}, {height} × {width}",
+                heatmap,
+                field,
+                positions=True,
+            ),
             Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
         ]
         norm = Normalize(0, heatmap.max() or 1)
@@ -1529,11 +1600,12 @@ def draw_mistakes(output, network, explanations):
 
     They are the predicted and the true class; without mistakes, the next class and the true one.
     """
-    mistakes = [explanation for explanation in explanations if explanation.is_mistake][:3]
+    most = 3  # rows, so that the picture stays high enough to be read
+    mistakes = [explanation for explanation in explanations if explanation.is_mistake][:most]
     layer = network.heatmap_layer
     field = network.receptive_fields[layer]
     rows, peak = [], 0
-    for it in mistakes or explanations[-3:]:
+    for it in mistakes or explanations[-most:]:
         titled = {
             f"for {it.contrast_name}": it.contrast_heatmap,
             f"for {it.class_name}": it.heatmap,
@@ -1563,13 +1635,18 @@ def draw_mistakes(output, network, explanations):
 # each filter fires most. Evaluation, examples and page are taken from it.
 
 
+EXAMPLES = 4  # photos of known class that are explained
+EXAMPLES_SHOWN = 3  # of these, in a picture of their own each, where there are no own photos
+PHOTOS_AT_ONCE = 32  # in the survey
+
+
 def draw(model, photos, class_names, output, labels=None, **settings):
     """Draw every picture, and the page that shows them, into the folder `output`.
 
     model: a Keras model or a Network. photos: paths. labels: the true class index of each photo, or
-    None for one whose class is not known, as it is for all without labels; these are explained in
-    place of examples that are chosen from the others. settings: see draw_survey. Raises Stop,
-    naming what the model lacks.
+    None for one whose class is not known, as it is for all without labels. Photos without a label
+    are all explained; only where there are none, examples of the others take their place.
+    settings: see draw_survey. Raises Stop, naming what the model lacks.
     """
     survey = survey_photos(network_of(model), photos, labels, class_names)
     draw_survey(survey, output, **settings)
@@ -1611,9 +1688,6 @@ class Survey:
         parts = self.paths[number].parts[-1 if self.labels[number] < 0 else -2 :]
         return printable("/".join(parts))
 
-    def peaks_of(self, convolution):
-        return self.peaks[convolution.activation]
-
 
 def survey_photos(network, photos, labels, class_names, read=None):
     """The Survey of photos, given as in draw. read: a photo_reader of the network's size."""
@@ -1625,17 +1699,19 @@ def survey_photos(network, photos, labels, class_names, read=None):
     chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
     layer_names = [convolution.activation for convolution in chosen]
     extract = _traced_extractor(network, layer_names)
-    head = partial(network.compute, names=[network.heatmap_layer, LOGITS])
-    head = partial(head, start=network.heatmap_layer)
+    # From the last layer with positions on, which is handed through: nothing before it need be
+    # computed again.
+    last = network.heatmap_layer
+    from_features = partial(network.compute, names=[last, LOGITS], start=last)
     found = []
     for start in range(0, len(paths), PHOTOS_AT_ONCE):
         some = slice(start, start + PHOTOS_AT_ONCE)
         pixels = np.stack([read(path) for path in paths[some]]).astype("float32")
         feature_maps, *activations = extract(pixels)
-        probabilities = tf.nn.softmax(head(feature_maps)[1]).numpy()
+        _, logits = from_features(feature_maps)
+        probabilities = tf.nn.softmax(logits).numpy()
         classes = _classes_in_question(probabilities, labels[some])
-        # From the last layer with positions on: nothing before it need be computed again.
-        (uncut,) = uncut_grad_cam(head, feature_maps, classes)
+        (uncut,) = uncut_grad_cam(from_features, feature_maps, classes)
         require_finite(probabilities, uncut)
         found.append((probabilities, classes, uncut, *map(peaks_of, activations)))
     probabilities, classes, uncut, *peaks = zip(*found, strict=True)
@@ -1645,9 +1721,6 @@ def survey_photos(network, photos, labels, class_names, read=None):
         values = np.concatenate([part.values for part in parts])
         of_layers[name] = Peaks(values, np.concatenate([part.positions for part in parts]))
     return Survey(network, class_names, paths, read, labels, *joined, of_layers)
-
-
-PHOTOS_AT_ONCE = 32  # in the survey
 
 
 def _traced_extractor(network, layer_names):
@@ -1664,6 +1737,47 @@ def _traced_extractor(network, layer_names):
         return feature_maps, *(it[..., :FILTERS_DRAWN] for it in activations)
 
     return extract
+
+
+def explain_photos(survey, numbers, at_once=2):
+    """{number: Explanation} of some photos of a survey, with heatmaps at the end of each block.
+
+    at_once: photos whose feature maps of all blocks are in memory together.
+    """
+    network, explained = survey.network, {}
+    forward = partial(network.compute, names=[*network.heatmap_layers, LOGITS])
+    for start in range(0, len(numbers), at_once):
+        some = numbers[start : start + at_once]
+        photos = np.stack([survey.read(survey.paths[k]) for k in some])
+        classes = survey.classes[some]
+        true_is_among_the_first = (classes[:, 2:] == classes[:, :2]).any(1)
+        if true_is_among_the_first.all():
+            classes = classes[:, :2]  # the true class need not be asked about twice
+        of_layers = uncut_grad_cam(forward, tf.constant(photos, tf.float32), classes)
+        for row, number in enumerate(some):
+            uncut = {
+                name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
+                for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
+            }
+            explained[number] = _explanation(survey, number, photos[row], uncut)
+    return explained
+
+
+def _explanation(survey, number, pixels, uncut):
+    """The Explanation of a photo of a survey, with the deletion score of its heatmap."""
+    label = int(survey.labels[number])
+    explanation = Explanation(
+        name=survey.name(number),
+        photo=read_photo(survey.paths[number]),
+        pixels=pixels,
+        class_names=[printable(class_name) for class_name in survey.class_names],
+        probabilities=survey.probabilities[number],
+        true_index=None if label < 0 else label,
+        uncut=uncut,
+    )
+    if not explanation.heatmap.any():
+        return explanation
+    return replace(explanation, deletion=deletion_of(survey.network, explanation))
 
 
 def draw_survey(
@@ -1690,8 +1804,8 @@ def draw_survey(
 
 
 def explain_chosen(survey):
-    """{photo number: Explanation} of the own photos, and then of four examples of the others."""
-    examples = choose_examples(survey.evaluation)[:4] if survey.evaluation else []
+    """{photo number: Explanation} of the own photos, and then of some examples of the others."""
+    examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
     known = [survey.own_count + index for index in examples]
     return explain_photos(survey, [*range(survey.own_count), *known])
 
@@ -1713,25 +1827,25 @@ def draw_pictures(
     network, evaluation = survey.network, survey.evaluation
     own = [it for it in explained.values() if it.true_index is None]
     examples = [it for it in explained.values() if it.true_index is not None]
-    shown = own or examples[:3]
+    shown = own or examples[:EXAMPLES_SHOWN]
+    tell = progress.tell_pictures
+    pictures = {"layers": tell(draw_grids(output, network, shown[0]))}
     patterns = find_patterns(network, seed, progress, pattern_size, pattern_steps)
-    drawings = {
-        "layers": [partial(draw_grids, output, network, shown[0])],
-        "filters": [partial(draw_patterns, output, it) for it in patterns],
-    }
+    sheets = [tell(draw_patterns(output, of_convolution)) for of_convolution in patterns]
     if evaluation:
-        numbers = [it.number for it in network.nearest_convolutions(EXAMPLE_CONVOLUTIONS)]
-        beside_photos = [it for it in patterns if it.convolution.number in numbers]
-        drawings["filters"] += [partial(draw_examples, output, survey, it) for it in beside_photos]
-    drawings["heatmaps"] = [
-        partial(draw_heatmaps, output, network, shown),
-        partial(draw_blocks, output, network, shown[0]),
-    ]
+        for convolution in network.nearest_convolutions(EXAMPLE_CONVOLUTIONS):
+            peaks = survey.peaks[convolution.activation]
+            for it in patterns:
+                if it.convolution == convolution:
+                    sheets.append(tell(draw_examples(output, network, it, peaks, survey.paths)))
+    pictures["filters"] = [picture for of_sheet in sheets for picture in of_sheet]
+    pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
+    pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
     if evaluation:
-        drawings["mistakes"] = [partial(draw_mistakes, output, network, examples)]
-        drawings["evaluation"] = [partial(draw_evaluation, output, evaluation, record)]
-    drawings["strip"] = [partial(draw_strip, output, network, shown[0], patterns)]
-    return progress.draw(drawings)
+        pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
+        pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
+    pictures["strip"] = tell(draw_strip(output, network, shown[0], patterns))
+    return pictures
 
 
 def draw_strip(output, network, explanation, patterns):
@@ -1778,7 +1892,7 @@ LOGITS = "(logits)"  # by which Network.compute knows the scores that softmax ta
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 ACTIVATIONS = (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.PReLU, layers.ELU)
 MOST_BLOCKS = 11  # as many as InceptionV3 has
-PHOTO = 0  # the number of the tensor that goes into a network
+INPUT = 0  # the number of the tensor that goes into a network
 
 
 @dataclass(frozen=True)
@@ -1833,13 +1947,13 @@ class Network:
             )
         self.input_size = tuple(side or open_side for side in shape[1:3])  # height, width in pixels
         self.steps = []
-        _unfold(model, [PHOTO], self.steps)
+        _unfold(model, [INPUT], self.steps)
         self.steps.append(_logits_step(self.steps[-1], model.output_shape))
         self.class_count = max(2, model.output_shape[-1])
         self._by_name = {step.name: step for step in self.steps}
 
     def compute(self, inputs, names, start=None, folded=False):
-        """The outputs of the layers of these names, or LOGITS, as tensors that can be derived.
+        """The outputs of the layers of these names, or LOGITS, as tensors to be differentiated.
 
         inputs: photos (n, height, width, 3), or the output of the layer `start`, if all that is
         asked depends on it alone. folded: BatchNormalization is computed within the convolution
@@ -1850,13 +1964,10 @@ class Network:
             last = ", ".join(list(self._by_name)[-9:-1])
             raise Stop(f"The model has no layer {lacking[0]}. It has {last}, …")
         calls = self._folded_calls(names) if folded else {}
-        first = self._by_name[start].results[0] if start else PHOTO
+        first = self._by_name[start].results[0] if start else INPUT
         tensors = {first: inputs if start else tf.cast(inputs, tf.float32)}
         wanted = [self._by_name[name].results[0] for name in names]
-        for step in self._steps_between(first, wanted):
-            call = calls.get(step, step.call)
-            results = call(*(tensors[source] for source in step.sources))
-            tensors.update(zip(step.results, results, strict=True))
+        _run(self._steps_between(first, wanted), tensors, calls)
         return [tensors[number] for number in wanted]
 
     def activations(self, photos, names):
@@ -1875,12 +1986,9 @@ class Network:
 
     @cached_property
     def shapes(self):
-        """{number of a tensor: its shape}, without the photos' number, as a black photo finds."""
-        black = tf.zeros((1, *self.input_size, 3))
-        tensors = {PHOTO: black}
-        for step in self.steps:
-            results = step.call(*(tensors[source] for source in step.sources))
-            tensors.update(zip(step.results, results, strict=True))
+        """{number of a tensor: its shape, without that of photos}, found by a black photo."""
+        tensors = {INPUT: tf.zeros((1, *self.input_size, 3))}
+        _run(self.steps, tensors)
         return {number: tuple(tensor.shape[1:]) for number, tensor in tensors.items()}
 
     def positions(self, name):
@@ -1895,7 +2003,7 @@ class Network:
         (Distill, 2019). InceptionV3 does not pad its strided layers, so that its positions look at
         the inner part of the photo; models that pad look elsewhere again.
         """
-        by_number = {PHOTO: ReceptiveField((0, 0), (1, 1), (1, 1))}
+        by_number = {INPUT: ReceptiveField((0, 0), (1, 1), (1, 1))}
         by_layer = {}
         for step in self.steps:
             sources = [number for number in step.sources if number in by_number]
@@ -2020,7 +2128,7 @@ class Network:
     def _bottlenecks(self):
         """Names of the layers that no connection bypasses: all later ones depend on them alone."""
         last_use = {source: k for k, step in enumerate(self.steps) for source in step.sources}
-        names, needed_until = [], last_use[PHOTO]  # how far down the outputs of earlier ones go
+        names, needed_until = [], last_use[INPUT]  # how far down the outputs of earlier ones go
         for k, step in enumerate(self.steps):
             if needed_until <= k:
                 names.append(step.name)
@@ -2059,6 +2167,14 @@ class Network:
         return calls
 
 
+def _run(steps, tensors, calls=None):
+    """Put what comes out of steps into tensors, {number: tensor}. calls: {step: another call}"""
+    for step in steps:
+        call = (calls or {}).get(step, step.call)
+        results = call(*(tensors[source] for source in step.sources))
+        tensors.update(zip(step.results, results, strict=True))
+
+
 def _unfold(model, sources, steps):
     """Append the steps of a model's graph, and of the models in it: the numbers of its outputs."""
     numbers = dict(zip(map(id, model.inputs), sources, strict=True))
@@ -2081,7 +2197,7 @@ def _unfold(model, sources, steps):
 
 def _next_number(steps):
     """The number of the tensor after those of these steps."""
-    return PHOTO + 1 + sum(len(step.results) for step in steps)
+    return INPUT + 1 + sum(len(step.results) for step in steps)
 
 
 def _nodes(outputs):
@@ -2267,7 +2383,7 @@ def _union(fields):
 
 
 def require_finite(*arrays):
-    """Raises Stop where an array holds a number that is none."""
+    """Raises Stop where an array holds nan or infinity."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise Stop(
             "The model is of no use: what it computes for a photo are no finite numbers.\n"
@@ -2634,20 +2750,15 @@ class Progress:
         sheet = sorted({*PATTERN_CONVOLUTIONS, convolution.number}).index(convolution.number)
         self.bar.update(self.task, description=what, completed=sheet * FILTERS_DRAWN + done)
 
-    def draw(self, drawings):
-        """Call the functions of {what they show: [function]}: {what they show: [Picture]}."""
-        pictures = {}
-        for what, functions in drawings.items():
-            self.bar.update(self.task, description=what)
-            pictures[what] = []
-            for function in functions:
-                for picture in function():
-                    pictures[what].append(picture)
-                    self.tell(picture.file)
+    def tell_pictures(self, pictures):
+        """Say that these pictures are drawn, and return them."""
+        for picture in pictures:
+            self.tell(picture.file)
         return pictures
 
     def tell(self, file):
         """Say that a file is written."""
+        self.bar.update(self.task, description=file)
         if not self.on_terminal:
             print(file, flush=True)
 
@@ -3080,7 +3191,7 @@ class Checkpoints(keras.callbacks.Callback):
 
         Raises Stop if there is none, or its settings differ.
         """
-        folder, remedy = printable(self.folder), "leave out --resume to start a new run."
+        folder = printable(self.folder)
         for file, settings, history in self.newest():
             different = [
                 name for name in self.settings if settings.get(name) != self.settings[name]
@@ -3090,7 +3201,7 @@ class Checkpoints(keras.callbacks.Callback):
                     f"{name} {settings.get(name)}, not {self.settings[name]}" for name in different
                 )
                 message = f"--resume: the run in {folder} had {'; '.join(was)}."
-                raise Stop(f"{message}\nGive the same, or {remedy}")
+                raise Stop(f"{message}\nGive the same, or leave out --resume to start a new run.")
             try:
                 model.load_weights(file)
             except Exception:  # a damaged file can fail in many ways
@@ -3098,7 +3209,8 @@ class Checkpoints(keras.callbacks.Callback):
                 continue
             self.run_name, self.history = file.name.partition("_epoch_")[0], history
             return
-        raise Stop(f"--resume: no epoch in {folder} can be read.\nL{remedy[1:]}")
+        message = f"--resume: no epoch in {folder} can be read."
+        raise Stop(f"{message}\nLeave out --resume to start a new run.")
 
 
 def prepare_libraries():
@@ -3127,7 +3239,7 @@ def computes_in_bfloat16():
 
 @contextlib.contextmanager
 def bfloat16_where_fast():
-    """Convolve in bfloat16 on CPUs that are made for it: a third faster, and the same patterns."""
+    """Convolve in bfloat16 on CPUs that are made for it: a third faster, and no eye sees it."""
     option = "auto_mixed_precision_onednn_bfloat16"
     tf.config.optimizer.set_experimental_options({option: computes_in_bfloat16()})
     try:
@@ -3165,80 +3277,6 @@ def require_photos(paths):
             read_photo(path)
     except Stop as stop:
         raise Stop(f"--photos {stop}\nName another photo.") from stop
-
-
-def train_and_save(options, build=build_model):
-    """Train, and save the model of the best epoch. Returns what open_saved returns."""
-    require_writable(options.model.parent)
-    size = (options.image_size, options.image_size)
-    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
-    phases = training_phases(
-        options.epochs, options.weights, options.freeze_below, options.learning_rate
-    )
-    _describe(splits, class_names, phases)
-    options.model.parent.mkdir(parents=True, exist_ok=True)
-    lock = options.model.with_name(f".{options.model.name}.lock")
-    busy = (
-        f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
-    )
-    with locked(lock, busy):
-        settings = _run_settings(options, splits, phases)
-        same = settings | {"classes": class_names}  # what a resumed run must have in common
-        checkpoints = Checkpoints(_checkpoint_folder(options.model), same)
-        model = _train_from(options, splits, phases, checkpoints, build)
-        photos, _ = splits["test"][0]
-        network = Network(model)
-        require_finite(*network.activations(photos, [network.heatmap_layer, LOGITS]))
-        with replace_when_whole(options.model) as partial_path:
-            model.save(partial_path)
-        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
-        _write_json(history_file(options.model), record)
-        shutil.rmtree(checkpoints.folder)
-    return model, class_names, splits["test"], record
-
-
-def _train_from(options, splits, phases, checkpoints, build):
-    """Train from the start, or from the newest checkpoint: the model of the best epoch."""
-    newest = next(checkpoints.newest(), None)
-    if newest and not options.resume:
-        epochs = len(newest[2]["loss"])
-        folder = printable(checkpoints.folder)
-        print(f"{folder} holds an interrupted run of {epochs} epochs. To go on with it, press")
-        print("Ctrl-C and add --resume. Otherwise this run deletes it after its first epoch.")
-    keras.utils.clear_session()  # the names of the layers count from the start again
-    keras.utils.set_random_seed(options.seed)
-    keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
-    with training_strategy().scope():
-        model = build(splits["train"].class_count, options.image_size, options.weights)
-        if options.resume:
-            checkpoints.resume(model)
-        train(model, splits, phases, checkpoints)
-    keras.config.set_dtype_policy("float32")
-    best = checkpoints.file_of(checkpoints.best_epoch)
-    return in_float32(keras.saving.load_model(best, compile=False))
-
-
-def _describe(splits, class_names, phases):
-    """Print what is about to be trained, and a warning where the photos are too few to judge by."""
-    counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
-    stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
-    names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
-    print(f"Photos: {counts}. Classes: {names}. Epochs: {stretches}.", flush=True)
-    for split in ("validation", "test"):
-        fewest = np.bincount(splits[split].labels).min()
-        if fewest < FEW_PHOTOS:
-            few = f"{split} has a class of {fewest} photos"
-            print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
-
-
-def _run_settings(options, splits, phases):
-    """What the training depends on, for its record."""
-    names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
-    settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
-    settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
-    settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
-    settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
-    return settings
 
 
 def open_saved(options):
