@@ -226,7 +226,7 @@ def _examine(photo, source):
 # aligned and compared block by block: two shirts on one sheet have one outline in one place, but
 # not the same folds.
 
-MIN_OUTLINE_CORRELATION = 0.7
+MIN_OUTLINE_CORRELATION = 0.8
 MIN_TANGENT_CORRELATION = 0.92
 REACH = 32  # pairs of a photo to look at for each turn; more would take quadratic time
 MIN_THUMBNAIL_CORRELATION = 0.87
@@ -283,21 +283,12 @@ def outlines(thumbnails):
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
-    for start in range(0, len(found), 256):
-        block = found[start : start + 256]
-        tangents = _tangents(block)
-        for turn in range(8):
-            correlations = _turned(block, turn).reshape(len(block), -1) @ flat[start:].T
-            rows, others = np.nonzero(correlations >= MIN_OUTLINE_CORRELATION)
-            is_later = others > rows  # each pair once, and no photo with itself
-            rows, begins = np.unique(rows[is_later], return_index=True)
-            of_rows = np.split(others[is_later], begins)[1:]
-            for row, near in zip(rows, of_rows, strict=True):
-                basis = _turned(tangents[row], turn).reshape(7, -1)
-                closeness = np.linalg.norm(basis @ flat[start + near].T, axis=0)
-                best = np.argsort(-closeness, kind="stable")[:REACH]
-                best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
-                pairs += [(int(start + row), int(start + other), turn) for other in near[best]]
+    for one, turn, others in _correlated(found):
+        basis = _turned(_tangents(found[one]), turn).reshape(7, -1)
+        closeness = np.linalg.norm(basis @ flat[others].T, axis=0)
+        best = np.argsort(-closeness, kind="stable")[:REACH]
+        best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
+        pairs += [(one, other, turn) for other in others[best].tolist()]
     return pairs
 
 
@@ -377,17 +368,34 @@ def _blur(sigma):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _tangents(found):
-    """What (n, 16, 16) outlines become when shifted, turned or stretched a little: (n, 7, 16, 16).
+def _correlated(found):
+    """Yield (one, turn, later ones that correlate with it when it is turned), as indices."""
+    small = found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
+    lengths = np.linalg.norm(small, axis=(1, 2), keepdims=True)
+    small = small / np.maximum(lengths, 1e-3)
+    flat = small.reshape(len(small), -1)
+    for start, turn in itertools.product(range(0, len(small), 256), range(8)):
+        block = _turned(small[start : start + 256], turn)
+        correlations = block.reshape(len(block), -1) @ flat[start:].T
+        places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
+        rows, others = np.divmod(places, correlations.shape[1])
+        is_later = others > rows  # each pair once, and no photo with itself
+        rows, begins = np.unique(rows[is_later], return_index=True)
+        for row, near in zip(rows, np.split(others[is_later], begins)[1:], strict=True):
+            yield start + int(row), turn, start + near
+
+
+def _tangents(outline):
+    """What a (16, 16) outline becomes when shifted, turned or stretched a little: (7, 16, 16).
 
     The seven are of length 1 and at right angles. The length of another outline's projection on
     them is its correlation with the most similar of all that they add up to.
     """
-    down, right = np.gradient(found, axis=(1, 2))
+    down, right = np.gradient(outline)
     y, x = np.mgrid[-1:1:16j, -1:1:16j].astype(np.float32)
-    moved = [found, down, right, y * down, x * down, y * right, x * right]
-    basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(len(found), -1, len(moved)))
-    return basis.swapaxes(1, 2).reshape(len(found), len(moved), *found.shape[1:])
+    moved = [outline, down, right, y * down, x * down, y * right, x * right]
+    basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(-1, len(moved)))
+    return basis.T.reshape(len(moved), *outline.shape)
 
 
 def _turned(pictures, turn):

@@ -43,11 +43,9 @@ from create_train_val_test import (
     Stop,
     class_folders,
     cores,
-    decode_photos,
-    download_folder,
     is_hidden,
-    keras_home,
     locked,
+    map_photos,
     pasteable,
     printable,
     read_photo,
@@ -55,6 +53,13 @@ from create_train_val_test import (
     run,
 )
 
+
+
+def keras_home():
+    return Path(os.path.expanduser("~/.keras"))
+
+
+download_folder = keras_home
 # ---- Settings: what a reader of this study would change ------------------------------------------
 
 AUGMENTATION = {
@@ -341,7 +346,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None):
     labels = np.repeat(np.arange(len(files)), [len(found) for found in files])
     decode = partial(model_input, height=size[0], width=size[1])
     try:
-        for _ in decode_photos(paths, decode, f"Checking {folder.name}"):
+        for _ in map_photos(paths, decode, f"Checking {folder.name}"):
             pass
     except Stop as stop:
         raise Stop(f"{stop}\nRemove it, or split again: {split_command(folder.parent)}") from stop
