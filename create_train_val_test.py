@@ -228,14 +228,14 @@ def _examine(photo, source):
 
 MIN_OUTLINE_CORRELATION = 0.8
 MIN_TANGENT_CORRELATION = 0.92
-REACH = 32  # pairs of a photo to look at for each turn; more would take quadratic time
+REACH = 32  # pairs of a photo to look at; more would take quadratic time
 MIN_THUMBNAIL_CORRELATION = 0.87
 MIN_BLOCK_CORRELATION = 0.87
 # Of the blocks with detail, so many may differ all the same: a watermark covers some.
 DIFFERENT_BLOCKS = 0.2
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 3.0  # grey levels of 255 (standard deviation) of a block that has detail
-MIN_BLOCKS = 8  # that have detail; a bare sky has nothing to be known by
+MIN_BLOCKS = 4  # that have detail; a bare sky has nothing to be known by
 ALIGN_STEPS = 15
 MAX_STRETCH = 0.15  # by which an alignment may stretch, turn (about 8 degrees) or shear
 MIN_OVERLAP = 0.7  # of the area, after the alignment
@@ -283,12 +283,14 @@ def outlines(thumbnails):
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
-    for one, turn, others in _correlated(found):
-        basis = _turned(_tangents(found[one]), turn).reshape(7, -1)
-        closeness = np.linalg.norm(basis @ flat[others].T, axis=0)
+    for one, others, turns in _correlated(found):
+        tangents, closeness = _tangents(found[one]), np.zeros(len(others))
+        for turn in set(turns.tolist()):
+            basis = _turned(tangents, turn).reshape(7, -1)
+            closeness[turns == turn] = np.linalg.norm(basis @ flat[others[turns == turn]].T, axis=0)
         best = np.argsort(-closeness, kind="stable")[:REACH]
         best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
-        pairs += [(one, other, turn) for other in others[best].tolist()]
+        pairs += [(one, int(others[index]), int(turns[index])) for index in best]
     return pairs
 
 
@@ -369,20 +371,25 @@ def _blur(sigma):
 
 
 def _correlated(found):
-    """Yield (one, turn, later ones that correlate with it when it is turned), as indices."""
+    """Yield (one, others, turns): the later ones that it correlates with when it is turned so."""
     small = found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
     lengths = np.linalg.norm(small, axis=(1, 2), keepdims=True)
     small = small / np.maximum(lengths, 1e-3)
     flat = small.reshape(len(small), -1)
-    for start, turn in itertools.product(range(0, len(small), 256), range(8)):
-        block = _turned(small[start : start + 256], turn)
-        correlations = block.reshape(len(block), -1) @ flat[start:].T
-        places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
-        rows, others = np.divmod(places, correlations.shape[1])
-        is_later = others > rows  # each pair once, and no photo with itself
-        rows, begins = np.unique(rows[is_later], return_index=True)
-        for row, near in zip(rows, np.split(others[is_later], begins)[1:], strict=True):
-            yield start + int(row), turn, start + near
+    for start in range(0, len(small), 256):
+        likely = []
+        for turn in range(8):
+            block = _turned(small[start : start + 256], turn).reshape(-1, flat.shape[1])
+            correlations = block @ flat[start:].T
+            places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
+            rows, others = np.divmod(places, correlations.shape[1])
+            is_later = others > rows  # each pair once, and no photo with itself
+            likely.append((rows[is_later], others[is_later], np.full(is_later.sum(), turn)))
+        rows, others, turns = map(np.concatenate, zip(*likely, strict=True))
+        order = np.argsort(rows, kind="stable")
+        ones, begins = np.unique(rows[order], return_index=True)
+        for one, places in zip(ones.tolist(), np.split(order, begins)[1:], strict=True):
+            yield start + one, start + others[places], turns[places]
 
 
 def _tangents(outline):
@@ -434,7 +441,7 @@ def _align_thumbnails(one, other):
     warp = _align(one, other, np.eye(2, 3, dtype=np.float32))
     if warp is None:
         return None
-    details = [_detail(grey.astype(np.float32), 0.55, 2) for grey in (one, other)]
+    details = [_detail(grey, 0.55, 2) for grey in (one, other)]
     inside = _moved(np.full_like(one, 255), warp) == 255
     first, second = details[0][inside], _moved(details[1], warp)[inside]
     return warp if _correlations(first, second) >= MIN_THUMBNAIL_CORRELATION else None
@@ -448,14 +455,14 @@ def _look_closer(one, other, start):
     import cv2
 
     one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
-    greys = [cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other)]
+    grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
     start[:, 2] *= CLOSE_SIZE / THUMBNAIL
-    warp = _align(*greys, start)
+    warp = _align(grey_one, grey_other, start)
     if warp is None:
         return False, False
-    inside = _moved(np.full_like(greys[0], 255), warp) == 255
-    first, second = one.astype(np.float32), _moved(other, warp).astype(np.float32)
-    return _same_detail(first, second, inside), _same_colours(first, second, inside)
+    inside = _moved(np.full_like(grey_one, 255), warp) == 255
+    same_detail = _same_detail(grey_one, _moved(grey_other, warp), inside)
+    return same_detail, _same_colours(one, _moved(other, warp), inside)
 
 
 def _align(one, other, start):
@@ -484,8 +491,8 @@ def _moved(picture, warp):
 
 
 def _same_detail(one, other, inside):
-    """Whether the blocks with fine detail agree in two aligned (128, 128, 3) pictures."""
-    first, second = (_blocks(_detail(view.mean(axis=2), 1, 4)) for view in (one, other))
+    """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures."""
+    first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
     contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
     has_detail = (contrasts > MIN_CONTRAST) & (_blocks(inside).mean(axis=1) > 0.9)
     if has_detail.sum() < MIN_BLOCKS:
@@ -498,6 +505,7 @@ def _detail(grey, fine, coarse):
     """The difference of a picture's two blurs, of so many pixels each."""
     import cv2  # only where there are likely copies, as it takes a while to load
 
+    grey = grey.astype(np.float32)
     return cv2.GaussianBlur(grey, (0, 0), fine) - cv2.GaussianBlur(grey, (0, 0), coarse)
 
 
@@ -520,8 +528,9 @@ def _same_colours(one, other, inside):
     import cv2
 
     tints = []
-    for picture in (cv2.GaussianBlur(one, (0, 0), 2), cv2.GaussianBlur(other, (0, 0), 2)):
-        tint = picture[inside][:, [0, 2]] - picture[inside][:, [1]]  # red and blue against green
+    for picture in (one, other):
+        smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
+        tint = smooth[inside][:, [0, 2]] - smooth[inside][:, [1]]  # red and blue against green
         tints.append((tint - tint.mean(axis=0)).ravel())
     if min(tint.std() for tint in tints) < MIN_TINT:
         return True
