@@ -9,12 +9,14 @@
 
 A model that has seen a test photo in training remembers it, and its test accuracy is a lie.
 Collections from the web hold many photos twice: the same file, or the same picture at another size,
-quality or tint. Such copies form a group, which goes to one split as a whole. A picture that is
-filed under two classes is left out, as one label must be wrong. split.csv tells for every file
-where it went and why.
+quality or tint, cut a little, mirrored or turned. Such copies form a group, which goes to one split
+as a whole, and so do the photos of a folder inside a class, as of one patient or one video. A
+picture that is filed under two classes is left out, as one label must be wrong. split.csv tells for
+every file where it went and why. With --check, the parts of a set that others have split are
+searched for copies, and nothing is written.
 
 The first half is the chapter, in the order of a run. The second half, the workshop, can be skipped:
-options and messages, and what both scripts share.
+what both scripts share, how two pictures are compared, and the options.
 """
 
 import argparse
@@ -48,6 +50,7 @@ SPLITS = ("train", "validation", "test")
 # With fewer photos of a class in validation or test, one is over ten percent of its accuracy.
 FEW = 10
 THUMBNAIL = 32  # pixels, the side of what copies are found by
+WAITING = "waiting"  # the folder in which photos wait for their split until copies are found
 
 
 def main(options):
@@ -209,7 +212,7 @@ def _examine(photo, source):
         data = _read_bytes(path)
         photo.sha256 = hashlib.sha256(data).hexdigest()
         grey, photo.note = decode(data, at_least=2 * THUMBNAIL, mode="L")
-        square = _without_frame(grey).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+        square = without_frame(grey).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
         photo.thumbnail = square.tobytes()
         return data
     except ValueError as error:
@@ -221,51 +224,12 @@ def _examine(photo, source):
 # Three looks, each closer than the one before. The outlines of all photos are correlated with those
 # of all others, also mirrored and turned, in a matrix product; then at their best small shift, turn
 # or stretch (the tangent distance of Simard, LeCun and Denker, 1993). The thumbnails of those pairs
-# that are left are aligned (Evangelidis and Psarakis, "Parametric Image Alignment Using Enhanced
-# Correlation Coefficient Maximization", 2008). Where they agree, both photos are read once more,
-# aligned and compared block by block: two shirts on one sheet have one outline in one place, but
-# not the same folds.
+# that are left are aligned. Where they agree, both photos are read once more, aligned and compared
+# block by block: two shirts on one sheet have one outline in one place, but not the same folds.
 
 MIN_OUTLINE_CORRELATION = 0.8
 MIN_TANGENT_CORRELATION = 0.92
 REACH = 32  # pairs of a photo to look at; more would take quadratic time
-MIN_THUMBNAIL_CORRELATION = 0.87
-MIN_BLOCK_CORRELATION = 0.87
-# Of the blocks with detail, so many may differ all the same: a watermark covers some.
-DIFFERENT_BLOCKS = 0.2
-CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
-MIN_CONTRAST = 3.0  # grey levels of 255 (standard deviation) of a block that has detail
-MIN_BLOCKS = 4  # that have detail; a bare sky has nothing to be known by
-ALIGN_STEPS = 15
-MAX_STRETCH = 0.15  # by which an alignment may stretch, turn (about 8 degrees) or shear
-MIN_OVERLAP = 0.7  # of the area, after the alignment
-MAX_GRAIN = 12  # grey levels by which the one colour of a frame around a photo may vary
-MAX_FRAME = 0.1  # of the side; what is wider is the background of the picture
-MIN_TINT = 6.0  # grey levels; a picture with less is grey
-MIN_TINT_CORRELATION = 0.5
-
-
-def same_pictures(photos, source):
-    """Yield (one, other, in_place) for the indices of each two photos that show one picture.
-
-    in_place: whether it is neither mirrored nor turned, and in the same colours.
-    """
-    thumbnails = np.frombuffer(b"".join(photo.thumbnail for photo in photos), np.uint8)
-    thumbnails = thumbnails.reshape(-1, THUMBNAIL, THUMBNAIL)
-
-    def compare(pair):
-        one, other, turn = pair
-        warp = _align_thumbnails(_turned(thumbnails[one], turn), thumbnails[other])
-        if warp is None:
-            return False, False
-        first, second = (_close_view(source / photos[index].source) for index in (one, other))
-        return _look_closer(_turned(first, turn), second, warp)
-
-    pairs = likely_pairs(outlines(thumbnails))
-    results = map_photos(pairs, compare, "Comparing likely copies")
-    for (one, other, turn), (is_same, in_same_colours) in zip(pairs, results, strict=True):
-        if is_same:
-            yield one, other, turn == 0 and in_same_colours
 
 
 def outlines(thumbnails):
@@ -286,12 +250,53 @@ def likely_pairs(found):
     for one, others, turns in _correlated(found):
         tangents, closeness = _tangents(found[one]), np.zeros(len(others))
         for turn in set(turns.tolist()):
-            basis = _turned(tangents, turn).reshape(7, -1)
+            basis = turned(tangents, turn).reshape(7, -1)
             closeness[turns == turn] = np.linalg.norm(basis @ flat[others[turns == turn]].T, axis=0)
         best = np.argsort(-closeness, kind="stable")[:REACH]
         best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
         pairs += [(one, int(others[index]), int(turns[index])) for index in best]
     return pairs
+
+
+def same_pictures(photos, source):
+    """Yield (one, other, in_place) for the indices of each two photos that show one picture.
+
+    in_place: whether it is neither mirrored nor turned, and in the same colours.
+    """
+    thumbnails = np.frombuffer(b"".join(photo.thumbnail for photo in photos), np.uint8)
+    thumbnails = thumbnails.reshape(-1, THUMBNAIL, THUMBNAIL)
+
+    def compare(pair):
+        one, other, turn = pair
+        warp = align_thumbnails(turned(thumbnails[one], turn), thumbnails[other])
+        if warp is None:
+            return False, False
+        first, second = (close_view(source / photos[index].source) for index in (one, other))
+        return look_closer(turned(first, turn), second, warp)
+
+    pairs = likely_pairs(outlines(thumbnails))
+    results = map_photos(pairs, compare, "Comparing likely copies")
+    for (one, other, turn), (is_same, in_same_colours) in zip(pairs, results, strict=True):
+        if is_same:
+            yield one, other, turn == 0 and in_same_colours
+
+
+def star_groups(count, pairs):
+    """Group the numbers below `count`: each group is one of them, and all that are paired with it.
+
+    It is no chain in which each resembles the next: in that way all frames of a video would be
+    copies of each other. The number with the most pairs comes first.
+    """
+    alike = [set() for _ in range(count)]
+    for one, other in pairs:
+        alike[one].add(other)
+        alike[other].add(one)
+    ungrouped, groups = set(range(count)), []
+    for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
+        if hub in ungrouped:
+            groups.append(sorted({hub} | (alike[hub] & ungrouped)))
+            ungrouped.difference_update(groups[-1])
+    return groups
 
 
 def find_copies(photos, source, only_identical=False):
@@ -322,24 +327,6 @@ def find_copies(photos, source, only_identical=False):
                 more = f" and {len(others) - 3} more" if len(others) > 3 else ""
                 photo.in_conflict = True
                 photo.problem = f"label conflict: the same picture as {named}{more}"
-
-
-def star_groups(count, pairs):
-    """Group the numbers below `count`: each group is one of them, and all that are paired with it.
-
-    It is no chain in which each resembles the next: in that way all frames of a video would be
-    copies of each other. The number with the most pairs comes first.
-    """
-    alike = [set() for _ in range(count)]
-    for one, other in pairs:
-        alike[one].add(other)
-        alike[other].add(one)
-    ungrouped, groups = set(range(count)), []
-    for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
-        if hub in ungrouped:
-            groups.append(sorted({hub} | (alike[hub] & ungrouped)))
-            ungrouped.difference_update(groups[-1])
-    return groups
 
 
 def join_groups(photos):
@@ -379,7 +366,7 @@ def _correlated(found):
     for start in range(0, len(small), 256):
         likely = []
         for turn in range(8):
-            block = _turned(small[start : start + 256], turn).reshape(-1, flat.shape[1])
+            block = turned(small[start : start + 256], turn).reshape(-1, flat.shape[1])
             correlations = block @ flat[start:].T
             places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
             rows, others = np.divmod(places, correlations.shape[1])
@@ -403,138 +390,6 @@ def _tangents(outline):
     moved = [outline, down, right, y * down, x * down, y * right, x * right]
     basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(-1, len(moved)))
     return basis.T.reshape(len(moved), *outline.shape)
-
-
-def _turned(pictures, turn):
-    """Square pictures (…, side, side), mirrored and turned in one of eight ways; 0 is as it is."""
-    if turn & 1:
-        pictures = pictures[..., ::-1]
-    if turn & 2:
-        pictures = pictures[..., ::-1, :]
-    if turn & 4:
-        pictures = pictures.swapaxes(-1, -2)
-    return np.ascontiguousarray(pictures)
-
-
-def _close_view(path):
-    """A photo as (3, 128, 128) uint8 RGB, whatever its shape."""
-    image = _without_frame(decode(_read_bytes(path), at_least=2 * CLOSE_SIZE)[0])
-    square = image.resize((CLOSE_SIZE, CLOSE_SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(square).transpose(2, 0, 1)
-
-
-def _without_frame(image):
-    """A picture without a frame of one colour around it."""
-    grey = np.asarray(image.convert("L"), np.int16)
-    is_picture = np.abs(grey - grey[0, 0]) > MAX_GRAIN
-    rows, columns = (np.flatnonzero(is_picture.any(axis=axis)) for axis in (1, 0))
-    if not len(rows) or not len(columns):
-        return image
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    is_frame = np.subtract(box, (0, 0, *image.size)) != 0
-    within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
-    return image.crop(tuple(map(int, box))) if is_frame.all() and within.all() else image
-
-
-def _align_thumbnails(one, other):
-    """The map of _align for two thumbnails that agree when they are aligned, else None."""
-    warp = _align(one, other, np.eye(2, 3, dtype=np.float32))
-    if warp is None:
-        return None
-    details = [_detail(grey, 0.55, 2) for grey in (one, other)]
-    inside = _moved(np.full_like(one, 255), warp) == 255
-    first, second = details[0][inside], _moved(details[1], warp)[inside]
-    return warp if _correlations(first, second) >= MIN_THUMBNAIL_CORRELATION else None
-
-
-def _look_closer(one, other, start):
-    """Whether two close views show one picture, and whether in the same colours.
-
-    start: the map of _align for their thumbnails.
-    """
-    import cv2
-
-    one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
-    grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
-    start[:, 2] *= CLOSE_SIZE / THUMBNAIL
-    warp = _align(grey_one, grey_other, start)
-    if warp is None:
-        return False, False
-    inside = _moved(np.full_like(grey_one, 255), warp) == 255
-    same_detail = _same_detail(grey_one, _moved(grey_other, warp), inside)
-    return same_detail, _same_colours(one, _moved(other, warp), inside)
-
-
-def _align(one, other, start):
-    """The (2, 3) affine map by which one square grey picture shows what the other one shows.
-
-    The search begins at `start`. None if it fails, or would stretch or turn too much.
-    """
-    import cv2
-
-    until = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGN_STEPS, 1e-3)
-    try:
-        _, warp = cv2.findTransformECC(one, other, start, cv2.MOTION_AFFINE, until, None, 5)
-    except cv2.error:  # it does not converge, as where one of them is plain
-        return None
-    is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
-    overlap = _moved(np.full_like(one, 255), warp).mean() / 255
-    return warp if is_near and overlap >= MIN_OVERLAP else None
-
-
-def _moved(picture, warp):
-    """A picture moved by a map of _align; 0 where nothing comes from."""
-    import cv2
-
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
-
-
-def _same_detail(one, other, inside):
-    """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures."""
-    first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
-    contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
-    has_detail = (contrasts > MIN_CONTRAST) & (_blocks(inside).mean(axis=1) > 0.9)
-    if has_detail.sum() < MIN_BLOCKS:
-        return False
-    correlations = _correlations(first[has_detail], second[has_detail])
-    return bool(np.quantile(correlations, DIFFERENT_BLOCKS) >= MIN_BLOCK_CORRELATION)
-
-
-def _detail(grey, fine, coarse):
-    """The difference of a picture's two blurs, of so many pixels each."""
-    import cv2  # only where there are likely copies, as it takes a while to load
-
-    grey = grey.astype(np.float32)
-    return cv2.GaussianBlur(grey, (0, 0), fine) - cv2.GaussianBlur(grey, (0, 0), coarse)
-
-
-def _blocks(picture):
-    """The blocks of a (128, 128) picture: (64, 256)."""
-    count = CLOSE_SIZE // BLOCK
-    return picture.reshape(count, BLOCK, count, BLOCK).swapaxes(1, 2).reshape(count**2, -1)
-
-
-def _correlations(one, other):
-    """The correlations along the last axis, 1 for the same picture in another light."""
-    one = one - one.mean(axis=-1, keepdims=True)
-    other = other - other.mean(axis=-1, keepdims=True)
-    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    return (one * other).sum(axis=-1) / np.maximum(lengths, 1e-3)
-
-
-def _same_colours(one, other, inside):
-    """Whether one (128, 128, 3) picture may be the other one tinted, or with less or no colour."""
-    import cv2
-
-    tints = []
-    for picture in (one, other):
-        smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
-        tint = smooth[inside][:, [0, 2]] - smooth[inside][:, [1]]  # red and blue against green
-        tints.append((tint - tint.mean(axis=0)).ravel())
-    if min(tint.std() for tint in tints) < MIN_TINT:
-        return True
-    return bool(_correlations(*tints) >= MIN_TINT_CORRELATION)
 
 
 # ---- Which photo goes where ----------------------------------------------------------------------
@@ -609,7 +464,6 @@ def _too_small(name, usable, groups, left_out, options):
 
 BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
-WAITING = "waiting"  # for their splits: where photos are in BUILDING until copies are found
 
 
 def refuse_overlap(source, classes, output):
@@ -808,7 +662,7 @@ def _print_table(counts, classes):
 
 
 # ==================================================================================================
-# The workshop: options and messages, and what both scripts share. It can be skipped.
+# The workshop, which can be skipped: what both scripts share, how two pictures are compared, options.
 # ==================================================================================================
 
 # ---- What both scripts share: how a run ends, and printing ---------------------------------------
@@ -1126,6 +980,159 @@ def _remove_partial_files(path):
                     os.kill(process, 0)
                     continue
             left_behind.unlink(missing_ok=True)
+
+
+# ---- Two pictures compared -----------------------------------------------------------------------
+# Two pictures are laid on each other as by Evangelidis and Psarakis, "Parametric Image Alignment
+# Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
+# likely copies, as it takes a while.
+
+MIN_THUMBNAIL_CORRELATION = 0.87
+MIN_BLOCK_CORRELATION = 0.87
+# Of the blocks with detail, so many may differ all the same: a watermark covers some.
+DIFFERENT_BLOCKS = 0.2
+CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
+MIN_CONTRAST = 3.0  # grey levels of 255 (standard deviation) of a block that has detail
+MIN_BLOCKS = 4  # that have detail; a bare sky has nothing to be known by
+ALIGN_STEPS = 15
+MAX_STRETCH = 0.15  # by which an alignment may stretch, turn (about 8 degrees) or shear
+MIN_OVERLAP = 0.7  # of the area, after the alignment
+MAX_GRAIN = 12  # grey levels by which the one colour of a frame around a photo may vary
+MAX_FRAME = 0.1  # of the side; what is wider is the background of the picture
+MIN_TINT = 6.0  # grey levels; a picture with less is grey
+MIN_TINT_CORRELATION = 0.5
+
+
+def turned(pictures, turn):
+    """Square pictures (…, side, side), mirrored and turned in one of eight ways; 0 is as it is."""
+    if turn & 1:
+        pictures = pictures[..., ::-1]
+    if turn & 2:
+        pictures = pictures[..., ::-1, :]
+    if turn & 4:
+        pictures = pictures.swapaxes(-1, -2)
+    return np.ascontiguousarray(pictures)
+
+
+def without_frame(image):
+    """A picture without a frame of one colour around it."""
+    grey = np.asarray(image.convert("L"), np.int16)
+    is_picture = np.abs(grey - grey[0, 0]) > MAX_GRAIN
+    rows, columns = (np.flatnonzero(is_picture.any(axis=axis)) for axis in (1, 0))
+    if not len(rows) or not len(columns):
+        return image
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    is_frame = np.subtract(box, (0, 0, *image.size)) != 0
+    within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
+    return image.crop(tuple(map(int, box))) if is_frame.all() and within.all() else image
+
+
+def close_view(path):
+    """A photo as (3, 128, 128) uint8 RGB, whatever its shape."""
+    image = without_frame(decode(_read_bytes(path), at_least=2 * CLOSE_SIZE)[0])
+    square = image.resize((CLOSE_SIZE, CLOSE_SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1)
+
+
+def align_thumbnails(one, other):
+    """The map of _align for two thumbnails that agree when they are aligned, else None."""
+    warp = _align(one, other, np.eye(2, 3, dtype=np.float32))
+    if warp is None:
+        return None
+    details = [_detail(grey, 0.55, 2) for grey in (one, other)]
+    inside = _moved(np.full_like(one, 255), warp) == 255
+    first, second = details[0][inside], _moved(details[1], warp)[inside]
+    return warp if _correlations(first, second) >= MIN_THUMBNAIL_CORRELATION else None
+
+
+def look_closer(one, other, start):
+    """Whether two close views show one picture, and whether in the same colours.
+
+    start: the map of _align for their thumbnails.
+    """
+    import cv2
+
+    one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
+    grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
+    scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
+    warp = _align(grey_one, grey_other, start * scale)
+    if warp is None:
+        return False, False
+    inside = _moved(np.full_like(grey_one, 255), warp) == 255
+    same_detail = _same_detail(grey_one, _moved(grey_other, warp), inside)
+    return same_detail, _same_colours(one, _moved(other, warp), inside)
+
+
+def _align(one, other, start):
+    """The (2, 3) affine map by which one square grey picture shows what the other one shows.
+
+    The search begins at `start`. None if it fails, or would stretch or turn too much.
+    """
+    import cv2
+
+    until = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGN_STEPS, 1e-3)
+    try:
+        _, warp = cv2.findTransformECC(one, other, start, cv2.MOTION_AFFINE, until, None, 5)
+    except cv2.error:  # it does not converge, as where one of them is plain
+        return None
+    is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
+    overlap = _moved(np.full_like(one, 255), warp).mean() / 255
+    return warp if is_near and overlap >= MIN_OVERLAP else None
+
+
+def _moved(picture, warp):
+    """A picture moved by a map of _align; 0 where nothing comes from."""
+    import cv2
+
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
+
+
+def _same_detail(one, other, inside):
+    """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures."""
+    first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
+    contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
+    has_detail = (contrasts > MIN_CONTRAST) & (_blocks(inside).mean(axis=1) > 0.9)
+    if has_detail.sum() < MIN_BLOCKS:
+        return False
+    correlations = _correlations(first[has_detail], second[has_detail])
+    return bool(np.quantile(correlations, DIFFERENT_BLOCKS) >= MIN_BLOCK_CORRELATION)
+
+
+def _detail(grey, fine, coarse):
+    """The difference of a picture's two blurs, of so many pixels each."""
+    import cv2
+
+    grey = grey.astype(np.float32)
+    return cv2.GaussianBlur(grey, (0, 0), fine) - cv2.GaussianBlur(grey, (0, 0), coarse)
+
+
+def _blocks(picture):
+    """The blocks of a (128, 128) picture: (64, 256)."""
+    count = CLOSE_SIZE // BLOCK
+    return picture.reshape(count, BLOCK, count, BLOCK).swapaxes(1, 2).reshape(count**2, -1)
+
+
+def _correlations(one, other):
+    """The correlations along the last axis, 1 for the same picture in another light."""
+    one = one - one.mean(axis=-1, keepdims=True)
+    other = other - other.mean(axis=-1, keepdims=True)
+    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    return (one * other).sum(axis=-1) / np.maximum(lengths, 1e-3)
+
+
+def _same_colours(one, other, inside):
+    """Whether one (128, 128, 3) picture may be the other one tinted, or with less or no colour."""
+    import cv2
+
+    tints = []
+    for picture in (one, other):
+        smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
+        tint = smooth[inside][:, [0, 2]] - smooth[inside][:, [1]]  # red and blue against green
+        tints.append((tint - tint.mean(axis=0)).ravel())
+    if min(tint.std() for tint in tints) < MIN_TINT:
+        return True
+    return bool(_correlations(*tints) >= MIN_TINT_CORRELATION)
 
 
 # ---- Options -------------------------------------------------------------------------------------
