@@ -662,7 +662,7 @@ def _print_table(counts, classes):
 
 
 # ==================================================================================================
-# The workshop, which can be skipped: what both scripts share, how two pictures are compared, options.
+# The workshop, which can be skipped: what both scripts share, two pictures compared, the options.
 # ==================================================================================================
 
 # ---- What both scripts share: how a run ends, and printing ---------------------------------------
