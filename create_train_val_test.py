@@ -987,12 +987,13 @@ def _remove_partial_files(path):
 # Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
 # likely copies, as it takes a while.
 
-MIN_THUMBNAIL_CORRELATION = 0.87
+MIN_THUMBNAIL_CORRELATION = 0.8
 MIN_BLOCK_CORRELATION = 0.87
 # Of the blocks with detail, so many may differ all the same: a watermark covers some.
-DIFFERENT_BLOCKS = 0.2
+DIFFERENT_BLOCKS = 0.25
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 3.0  # grey levels of 255 (standard deviation) of a block that has detail
+WHITE = 250  # from where a brighter copy may have lost its detail
 MIN_BLOCKS = 4  # that have detail; a bare sky has nothing to be known by
 ALIGN_STEPS = 15
 MAX_STRETCH = 0.15  # by which an alignment may stretch, turn (about 8 degrees) or shear
@@ -1018,7 +1019,8 @@ def without_frame(image):
     """A picture without a frame of one colour around it."""
     grey = np.asarray(image.convert("L"), np.int16)
     is_picture = np.abs(grey - grey[0, 0]) > MAX_GRAIN
-    rows, columns = (np.flatnonzero(is_picture.any(axis=axis)) for axis in (1, 0))
+    # A few pixels of the frame may differ, as JPEG blurs the edge of the picture into it.
+    rows, columns = (np.flatnonzero(is_picture.mean(axis=axis) > 0.2) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return image
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
@@ -1092,7 +1094,8 @@ def _same_detail(one, other, inside):
     """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures."""
     first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
     contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
-    has_detail = (contrasts > MIN_CONTRAST) & (_blocks(inside).mean(axis=1) > 0.9)
+    is_comparable = inside & (np.maximum(one, other) < WHITE)
+    has_detail = (contrasts > MIN_CONTRAST) & (_blocks(is_comparable).mean(axis=1) > 0.9)
     if has_detail.sum() < MIN_BLOCKS:
         return False
     correlations = _correlations(first[has_detail], second[has_detail])
