@@ -311,7 +311,7 @@ def find_copies(photos, source, only_identical=False):
             same_bytes.setdefault(photo.sha256, []).append(photo)
     files = list(same_bytes.values())
     one_of_each = [same[0] for same in files]
-    found = [] if only_identical else same_pictures(one_of_each, source)
+    found = [] if only_identical or len(files) < 2 else same_pictures(one_of_each, source)
     pairs = [
         (one, other)
         for one, other, in_place in found

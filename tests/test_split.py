@@ -339,7 +339,8 @@ def test_a_group_goes_to_one_split_as_a_whole_with_fractions_as_near_as_it_allow
 
 def test_a_picture_under_two_classes_is_left_out_and_both_sides_are_named(tmp_path, capsys):
     source = make_source(tmp_path / "photos", rose=10, tulip=10)
-    Image.open(source / "rose/photo_004.jpg").resize((60, 50)).save(source / "tulip/small.jpg")
+    small = Image.open(source / "rose/photo_004.jpg").resize((60, 50))
+    small.convert("L").save(source / "tulip/small.jpg")
     rows = {row["source"]: row for row in split(source, tmp_path / "out")}
     assert rows["rose/photo_004.jpg"]["split"] == rows["tulip/small.jpg"]["split"] == "skipped"
     assert "tulip/small.jpg" in rows["rose/photo_004.jpg"]["note"]
@@ -522,7 +523,10 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
         for name in names:
             picture(ord(name[0])).save(source / "daisy" / patient / name)
     shutil.copy(source / "daisy/photo_000.jpg", source / "daisy/p0/copy.jpg")
-    shutil.copy(source / "daisy/photo_001.jpg", source / "daisy/z.jpg")
+    shutil.copy(source / "daisy/p1/c.jpg", source / "daisy/z.jpg")
+    (source / "rose" / "p2").mkdir()
+    shutil.copy(source / "daisy/photo_002.jpg", source / "rose/p2/in conflict.jpg")
+    picture(77).save(source / "rose/p2/alone.jpg")
     rows = {row["source"]: row for row in split(source, tmp_path / "out")}
     reasons = {path: (row["group"], row["reason"]) for path, row in rows.items() if row["group"]}
     assert reasons == {
@@ -530,8 +534,10 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
         "daisy/p0/b.jpg": ("1", "folder"),
         "daisy/p0/copy.jpg": ("1", "folder and copies"),
         "daisy/photo_000.jpg": ("1", "copies"),
-        "daisy/photo_001.jpg": ("2", "copies"),
+        "daisy/p1/c.jpg": ("2", "copies"),
         "daisy/z.jpg": ("2", "copies"),
+        "daisy/photo_002.jpg": ("3", "copies"),
+        "rose/p2/in conflict.jpg": ("3", "copies"),
     }
     kept = tmp_path / "out" / rows["daisy/p0/a.jpg"]["split"] / "daisy/p0/a.jpg"
     assert kept.read_bytes() == (source / "daisy/p0/a.jpg").read_bytes()
@@ -583,7 +589,25 @@ def test_check_names_what_lies_in_several_parts_or_classes_of_a_split_that_other
     ]
 
 
+def test_check_fails_where_it_finds_something_and_only_there(tmp_path, capsys):
+    for name in ("train", "test"):
+        make_source(tmp_path / "data" / name, daisy=0, rose=0)
+    (tmp_path / "data/train/rose/empty.jpg").touch()
+    assert check(tmp_path / "data", capsys)[0] == 0
+    picture(1).save(tmp_path / "data/test/rose/one.png")
+    picture(1).save(tmp_path / "data/test/rose/other.png")  # in one part and one class
+    assert check(tmp_path / "data", capsys)[0] == 0
+    picture(2).save(tmp_path / "data/test/rose/two.png")
+    picture(2).save(tmp_path / "data/test/daisy/two.png")
+    assert check(tmp_path / "data", capsys)[0] == 1
+    (tmp_path / "data/test/daisy/two.png").rename(tmp_path / "data/train/rose/two.png")
+    assert check(tmp_path / "data", capsys)[0] == 1
+
+
 def test_check_refuses_what_is_not_split(tmp_path):
+    make_source(tmp_path / "folders" / "daisy", patient0=1, patient1=1)
+    make_source(tmp_path / "folders" / "rose", patient2=1)
+    assert "is not split" in refused(tmp_path / "folders", tmp_path / "out", "--check")
     source = make_source(tmp_path / "photos", daisy=8, rose=8)
     assert "is not split" in refused(source, tmp_path / "out", "--check")
     assert "No such file" in refused(tmp_path / "missing", tmp_path / "out", "--check")
