@@ -9,12 +9,14 @@
 
 A model that has seen a test photo in training remembers it, and its test accuracy is a lie.
 Collections from the web hold many photos twice: the same file, or the same picture at another size,
-quality or tint. Such copies form a group, which goes to one split as a whole. A picture that is
-filed under two classes is left out, as one label must be wrong. split.csv tells for every file
-where it went and why.
+quality or tint, cut a little, mirrored or turned. Such copies form a group, which goes to one split
+as a whole, and so do the photos of a folder inside a class, as of one patient or one video. A
+picture that is filed under two classes is left out, as one label must be wrong. split.csv tells for
+every file where it went and why. With --check, the parts of a set that others have split are
+searched for copies, and nothing is written.
 
 The first half is the chapter, in the order of a run. The second half, the workshop, can be skipped:
-options and messages, and what both scripts share.
+what both scripts share, how two pictures are compared, and the options.
 """
 
 import argparse
@@ -47,8 +49,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 SPLITS = ("train", "validation", "test")
 # With fewer photos of a class in validation or test, one is over ten percent of its accuracy.
 FEW = 10
-# Width and height in pixels of what copies are found by.
-THUMBNAIL = (36, 32)
+THUMBNAIL = 32  # pixels, the side of what copies are found by
+WAITING = "waiting"  # the folder in which photos wait for their split until copies are found
 
 
 def main(options):
@@ -62,7 +64,7 @@ def main(options):
     with only_run_in(options.output) as building:
         refuse_second_split(options)
         copy_photos(photos, building, options)
-        find_copies(photos, only_identical=options.copies == "identical")
+        find_copies(photos, options.source, only_identical=options.copies == "identical")
         join_groups(photos)
         assign_splits(photos, classes, options)
         move_to_splits(photos, classes, building)
@@ -209,8 +211,9 @@ def _examine(photo, source):
             raise ValueError(f"is of type {path.suffix or 'none'}, which no photo has")
         data = _read_bytes(path)
         photo.sha256 = hashlib.sha256(data).hexdigest()
-        grey, photo.note = decode(data, at_least=2 * max(THUMBNAIL), mode="L")
-        photo.thumbnail = grey.resize(THUMBNAIL, Image.Resampling.BILINEAR).tobytes()
+        grey, photo.note = decode(data, at_least=2 * THUMBNAIL, mode="L")
+        square = without_frame(grey).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+        photo.thumbnail = square.tobytes()
         return data
     except ValueError as error:
         photo.problem = str(error)
@@ -218,84 +221,64 @@ def _examine(photo, source):
 
 
 # ---- Copies of one picture -----------------------------------------------------------------------
-# A difference hash (Krawetz, "Kind of Like That", 2013) says for each of 8 × 8 places whether the
-# picture gets brighter to the right. Size, quality, tint and loss of colour hardly change that, so
-# copies are found among near-equal hashes. The edges of two thumbnails then decide: on 320 real
-# flowers and 11 kinds of altered copies of each, those of copies correlated at 0.93 and more, and
-# those of two different photos at 0.54 and less, even at the best of all small shifts.
+# Three looks, each closer than the one before. The outlines of all photos are correlated with those
+# of all others, also mirrored and turned, in a matrix product; then at their best small shift, turn
+# or stretch (the tangent distance of Simard, LeCun and Denker, 1993). The thumbnails of those pairs
+# that are left are aligned. Where they agree, both photos are read once more, aligned and compared
+# block by block: two shirts on one sheet have one outline in one place, but not the same folds.
 
-# Bits: 98 to 100 % of resized, recompressed or tinted copies differ from the original in no more.
-MAX_DISTANCE = 6
-MIN_CORRELATION = 0.8
-MIN_EDGE = 2.0  # grey levels of 255; weaker edges do not tell a plain picture from another
-REACH = 64  # neighbours to compare in a crowded bucket; more would take quadratic time
-# The same scene shot twice, or cut a little closer, is the same picture too.
-MAX_SHIFT = 2  # pixels of the thumbnail, about 6 % of a side
-ZOOM = 1.04
-# Of soft pictures, such as digits of 8 × 8 pixels or a bare sky, even different ones correlate.
-MIN_SHARPNESS = 0.55
-MIN_CORRELATION_OF_SOFT = 0.97
+MIN_OUTLINE_CORRELATION = 0.8
+MIN_TANGENT_CORRELATION = 0.92
+REACH = 32  # pairs of a photo to look at; more would take quadratic time
 
 
-def similar_pairs(hashes):
-    """The (n, 2) index pairs of 64-bit hashes that differ in at most 6 bits, in linear time.
+def outlines(thumbnails):
+    """What of (n, 32, 32) grey thumbnails a shift hardly changes: (n, 16, 16), of length 1.
 
-    Six bits spoil at most six of the eight bytes, so two bytes are equal: for each of the 28
-    choices of two bytes, the hashes are sorted into 65,536 buckets, and only neighbours in a bucket
-    are compared.
+    It is a difference of two blurs: neither fine detail nor the light as a whole.
     """
-    count, found = len(hashes), []
-    by_value = np.argsort(hashes)  # so that equal ones are neighbours in every bucket
-    hash_bytes = hashes[by_value].view(np.uint8).reshape(count, 8)
-    for choice in itertools.combinations(range(8), 2):
-        buckets = np.ascontiguousarray(hash_bytes[:, choice]).view(np.uint16).ravel()
-        order = np.argsort(buckets, kind="stable")
-        buckets, order, left = buckets[order], by_value[order], np.arange(count)
-        for step in range(1, REACH + 1):
-            left = left[left + step < count]
-            left = left[buckets[left] == buckets[left + step]]
-            one, other = order[left], order[left + step]
-            distance = np.bitwise_count(hashes[one] ^ hashes[other])
-            # Equal hashes are neighbours for every choice of bytes: once is enough.
-            near = (distance <= MAX_DISTANCE) & ((distance > 0) | (choice == (0, 1)))
-            found.append(np.minimum(one, other)[near] * count + np.maximum(one, other)[near])
-    return np.stack(np.divmod(np.unique(np.concatenate(found)), count), axis=1)
+    fine, coarse = _blur(1.5), _blur(4)
+    grey = thumbnails.astype(np.float32)
+    found = fine @ grey @ fine.T - coarse @ grey @ coarse.T
+    lengths = np.linalg.norm(found, axis=(1, 2), keepdims=True)
+    return found / np.maximum(lengths, 1e-3)
 
 
-def same_pictures(photos):
-    """Yield the index pairs of the photos that show one picture."""
+def likely_pairs(found):
+    """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
+    flat, pairs = found.reshape(len(found), -1), []
+    for one, others, turns in _correlated(found):
+        tangents, closeness = _tangents(found[one]), np.zeros(len(others))
+        for turn in set(turns.tolist()):
+            basis = turned(tangents, turn).reshape(7, -1)
+            closeness[turns == turn] = np.linalg.norm(basis @ flat[others[turns == turn]].T, axis=0)
+        best = np.argsort(-closeness, kind="stable")[:REACH]
+        best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
+        pairs += [(one, int(others[index]), int(turns[index])) for index in best]
+    return pairs
+
+
+def same_pictures(photos, source):
+    """Yield (one, other, in_place) for the indices of each two photos that show one picture.
+
+    in_place: whether it is neither mirrored nor turned, and in the same colours.
+    """
     thumbnails = np.frombuffer(b"".join(photo.thumbnail for photo in photos), np.uint8)
-    thumbnails = thumbnails.reshape(-1, *THUMBNAIL[::-1])
-    pairs = similar_pairs(_difference_hashes(thumbnails))
-    for start in range(0, len(pairs), 256):  # the edges of all at once would fill the memory
-        block = pairs[start : start + 256]
-        one, other = thumbnails[block].astype(np.float32).swapaxes(0, 1)  # (pairs, 32, 36) each
-        soft = np.minimum(_sharpness(one), _sharpness(other)) < MIN_SHARPNESS
-        needed = np.where(soft, MIN_CORRELATION_OF_SOFT, MIN_CORRELATION)
-        same = _correlation(_edges(one), _edges(other)) >= needed
-        rest = ~same & ~soft
-        same[rest] = _correlation_when_moved(one[rest], other[rest]) >= MIN_CORRELATION
-        yield from block[same].tolist()
+    thumbnails = thumbnails.reshape(-1, THUMBNAIL, THUMBNAIL)
 
+    def compare(pair):
+        one, other, turn = pair
+        warp = align_thumbnails(turned(thumbnails[one], turn), thumbnails[other])
+        if warp is None:
+            return False, False
+        first, second = (close_view(source / photos[index].source) for index in (one, other))
+        return look_closer(turned(first, turn), second, warp)
 
-def find_copies(photos, only_identical=False):
-    """Bring the copies among the whole photos together, and note label conflicts among them."""
-    same_bytes = {}
-    for photo in photos:
-        if not photo.problem:
-            same_bytes.setdefault(photo.sha256, []).append(photo)
-    files = list(same_bytes.values())
-    pairs = [] if only_identical else same_pictures([same[0] for same in files])
-    for members in star_groups(len(files), pairs):
-        copies = [photo for index in members for photo in files[index]]
-        for photo in copies:
-            photo.copies = copies
-            others = [other.source for other in copies if other.class_name != photo.class_name]
-            if others:
-                named = ", ".join(others[:3])
-                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-                photo.in_conflict = True
-                photo.problem = f"label conflict: the same picture as {named}{more}"
+    pairs = likely_pairs(outlines(thumbnails))
+    results = map_photos(pairs, compare, "Comparing likely copies")
+    for (one, other, turn), (is_same, in_same_colours) in zip(pairs, results, strict=True):
+        if is_same:
+            yield one, other, turn == 0 and in_same_colours
 
 
 def star_groups(count, pairs):
@@ -314,6 +297,36 @@ def star_groups(count, pairs):
             groups.append(sorted({hub} | (alike[hub] & ungrouped)))
             ungrouped.difference_update(groups[-1])
     return groups
+
+
+def find_copies(photos, source, only_identical=False):
+    """Bring the copies among the whole photos together, and note label conflicts among them.
+
+    What is mirrored, turned or in other colours is no conflict, as 6 and 9 are none: under another
+    class it is no copy.
+    """
+    same_bytes = {}
+    for photo in photos:
+        if not photo.problem:
+            same_bytes.setdefault(photo.sha256, []).append(photo)
+    files = list(same_bytes.values())
+    one_of_each = [same[0] for same in files]
+    found = [] if only_identical or len(files) < 2 else same_pictures(one_of_each, source)
+    pairs = [
+        (one, other)
+        for one, other, in_place in found
+        if in_place or one_of_each[one].class_name == one_of_each[other].class_name
+    ]
+    for members in star_groups(len(files), pairs):
+        copies = [photo for index in members for photo in files[index]]
+        for photo in copies:
+            photo.copies = copies
+            others = [other.source for other in copies if other.class_name != photo.class_name]
+            if others:
+                named = ", ".join(others[:3])
+                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+                photo.in_conflict = True
+                photo.problem = f"label conflict: the same picture as {named}{more}"
 
 
 def join_groups(photos):
@@ -336,73 +349,47 @@ def join_groups(photos):
             photo.group = number
 
 
-def _difference_hashes(thumbnails):
-    """The 64-bit difference hashes of (n, 32, 36) grey thumbnails."""
-    places = thumbnails.reshape(-1, 8, 4, 9, 4).mean((2, 4), dtype=np.float32)
-    brighter = places[:, :, 1:] > places[:, :, :-1]
-    return np.packbits(brighter.reshape(-1, 64), axis=1).view(np.uint64).ravel()
+def _blur(sigma):
+    """(16, 32): each row averages 32 pixels around one of 16 places, by a bell curve."""
+    pixels = np.arange(THUMBNAIL, dtype=np.float32)
+    places = pixels.reshape(-1, 2).mean(axis=1)
+    weights = np.exp(-((places[:, None] - pixels) ** 2) / (2 * sigma**2))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _edges(grey):
-    """The steps to the right and down in (n, 32, 36) pictures: (n, 2, 31, 35)."""
-    right = np.diff(grey, axis=2)[:, 1:, :]
-    down = np.diff(grey, axis=1)[:, :, 1:]
-    return np.stack([right, down], axis=1)
+def _correlated(found):
+    """Yield (one, others, turns): the later ones that it correlates with when it is turned so."""
+    small = found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
+    lengths = np.linalg.norm(small, axis=(1, 2), keepdims=True)
+    small = small / np.maximum(lengths, 1e-3)
+    flat = small.reshape(len(small), -1)
+    for start in range(0, len(small), 256):
+        likely = []
+        for turn in range(8):
+            block = turned(small[start : start + 256], turn).reshape(-1, flat.shape[1])
+            correlations = block @ flat[start:].T
+            places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
+            rows, others = np.divmod(places, correlations.shape[1])
+            is_later = others > rows  # each pair once, and no photo with itself
+            likely.append((rows[is_later], others[is_later], np.full(is_later.sum(), turn)))
+        rows, others, turns = map(np.concatenate, zip(*likely, strict=True))
+        order = np.argsort(rows, kind="stable")
+        ones, begins = np.unique(rows[order], return_index=True)
+        for one, places in zip(ones.tolist(), np.split(order, begins)[1:], strict=True):
+            yield start + one, start + others[places], turns[places]
 
 
-def _correlation(one, other):
-    """How well the edges of n pairs of pictures agree: (n,), 1 for the same picture."""
-    # Without the mean there is no even slope of light, which a hundred skies have in common.
-    one = one - one.mean((2, 3), keepdims=True)
-    other = other - other.mean((2, 3), keepdims=True)
-    covariance = (one * other).mean((1, 2, 3))
-    strength_of_one = np.maximum(one.std((1, 2, 3)), MIN_EDGE)
-    strength_of_other = np.maximum(other.std((1, 2, 3)), MIN_EDGE)
-    return covariance / (strength_of_one * strength_of_other)
+def _tangents(outline):
+    """What a (16, 16) outline becomes when shifted, turned or stretched a little: (7, 16, 16).
 
-
-def _correlation_when_moved(one, other):
-    """The best correlation of n pairs of (32, 36) pictures after a small shift and zoom: (n,)."""
-    best = np.full(len(one), -1, np.float32)
-    shifts = range(-MAX_SHIFT, MAX_SHIFT + 1)
-    for first, second in ((one, other), (_zoomed(one), other), (one, _zoomed(other))):
-        first, second = _edges(first), _edges(second)
-        for down, right in itertools.product(shifts, shifts):
-            overlap = _cut(first, down, right), _cut(second, -down, -right)
-            best = np.maximum(best, _correlation(*overlap))
-    return best
-
-
-def _cut(pictures, down, right):
-    """(…, height, width) pictures without their first `down` rows and `right` columns.
-
-    A negative number leaves out the last ones instead.
+    The seven are of length 1 and at right angles. The length of another outline's projection on
+    them is its correlation with the most similar of all that they add up to.
     """
-    height, width = pictures.shape[-2:]
-    rows = slice(max(down, 0), height + min(down, 0))
-    columns = slice(max(right, 0), width + min(right, 0))
-    return pictures[..., rows, columns]
-
-
-def _zoomed(grey):
-    """The middle of (n, 32, 36) pictures, enlarged to the same size."""
-    height, width = grey.shape[1:]
-    return _zoom_matrix(height) @ grey @ _zoom_matrix(width).T
-
-
-def _zoom_matrix(size):
-    """(size, size): each row mixes a pixel of the enlarged line from the two that are nearest."""
-    pixels, centre = np.arange(size), (size - 1) / 2
-    places = centre + (pixels - centre) / ZOOM
-    distances = np.abs(places[:, None] - pixels)
-    return np.maximum(1 - distances, 0).astype(np.float32)
-
-
-def _sharpness(grey):
-    """How much of the edges of (n, 32, 36) pictures is fine detail: (n,), about 1 for photos."""
-    steps = _edges(grey)
-    steps -= steps.mean((2, 3), keepdims=True)
-    return np.diff(steps, axis=3).std((1, 2, 3)) / np.maximum(steps.std((1, 2, 3)), MIN_EDGE)
+    down, right = np.gradient(outline)
+    y, x = np.mgrid[-1:1:16j, -1:1:16j].astype(np.float32)
+    moved = [outline, down, right, y * down, x * down, y * right, x * right]
+    basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(-1, len(moved)))
+    return basis.T.reshape(len(moved), *outline.shape)
 
 
 # ---- Which photo goes where ----------------------------------------------------------------------
@@ -477,7 +464,6 @@ def _too_small(name, usable, groups, left_out, options):
 
 BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
-WAITING = "waiting"  # for their splits: where photos are in BUILDING until copies are found
 
 
 def refuse_overlap(source, classes, output):
@@ -588,7 +574,7 @@ def check_split(options):
     photos = _list_split(source)
     for _ in map_photos(photos, partial(_examine, source=source), "Checking"):
         pass
-    find_copies(photos, only_identical=options.copies == "identical")
+    find_copies(photos, source, only_identical=options.copies == "identical")
     groups = list({id(photo.copies): photo.copies for photo in photos}.values())
     leaks = [group for group in groups if len({photo.split for photo in group}) > 1]
     conflicts = [group for group in groups if group[0].in_conflict]
@@ -676,7 +662,7 @@ def _print_table(counts, classes):
 
 
 # ==================================================================================================
-# The workshop: options and messages, and what both scripts share. It can be skipped.
+# The workshop, which can be skipped: what both scripts share, two pictures compared, the options.
 # ==================================================================================================
 
 # ---- What both scripts share: how a run ends, and printing ---------------------------------------
@@ -994,6 +980,165 @@ def _remove_partial_files(path):
                     os.kill(process, 0)
                     continue
             left_behind.unlink(missing_ok=True)
+
+
+# ---- Two pictures compared -----------------------------------------------------------------------
+# Two pictures are laid on each other as by Evangelidis and Psarakis, "Parametric Image Alignment
+# Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
+# likely copies, as it takes a while.
+
+MIN_THUMBNAIL_CORRELATION = 0.8
+MIN_BLOCK_CORRELATION = 0.87
+# Of the blocks with detail, so many may differ all the same: a watermark covers some.
+DIFFERENT_BLOCKS = 0.25
+CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
+MIN_CONTRAST = 3.0  # grey levels of 255 (standard deviation) of a block that has detail
+WHITE = 250  # from where a brighter copy may have lost its detail
+MIN_BLOCKS = 4  # that have detail; a bare sky has nothing to be known by
+ALIGN_STEPS = 15
+MAX_STRETCH = 0.15  # by which an alignment may stretch, turn (about 8 degrees) or shear
+MIN_OVERLAP = 0.7  # of the area, after the alignment
+MAX_GRAIN = 12  # grey levels by which the one colour of a frame around a photo may vary
+MAX_FRAME = 0.1  # of the side; what is wider is the background of the picture
+MIN_TINT = 6.0  # grey levels; a picture with less is grey
+MIN_TINT_CORRELATION = 0.5
+
+
+def turned(pictures, turn):
+    """Square pictures (…, side, side), mirrored and turned in one of eight ways; 0 is as it is."""
+    if turn & 1:
+        pictures = pictures[..., ::-1]
+    if turn & 2:
+        pictures = pictures[..., ::-1, :]
+    if turn & 4:
+        pictures = pictures.swapaxes(-1, -2)
+    return np.ascontiguousarray(pictures)
+
+
+def without_frame(image):
+    """A picture without a frame of one colour around it."""
+    grey = np.asarray(image.convert("L"))
+    # A few pixels of the frame may differ, as JPEG blurs the edge of the picture into it.
+    low, high = max(int(grey[0, 0]) - MAX_GRAIN, 0), min(int(grey[0, 0]) + MAX_GRAIN, 255)
+    if np.mean((grey[0] < low) | (grey[0] > high)) > 0.2:  # there is none, as mostly
+        return image
+    is_picture = (grey < low) | (grey > high)
+    rows, columns = (np.flatnonzero(is_picture.mean(axis=axis) > 0.2) for axis in (1, 0))
+    if not len(rows) or not len(columns):
+        return image
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    is_frame = np.subtract(box, (0, 0, *image.size)) != 0
+    within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
+    return image.crop(tuple(map(int, box))) if is_frame.all() and within.all() else image
+
+
+def close_view(path):
+    """A photo as (3, 128, 128) uint8 RGB, whatever its shape."""
+    image = without_frame(decode(_read_bytes(path), at_least=2 * CLOSE_SIZE)[0])
+    square = image.resize((CLOSE_SIZE, CLOSE_SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1)
+
+
+def align_thumbnails(one, other):
+    """The map of _align for two thumbnails that agree when they are aligned, else None."""
+    warp = _align(one, other, np.eye(2, 3, dtype=np.float32))
+    if warp is None:
+        return None
+    details = [_detail(grey, 0.55, 2) for grey in (one, other)]
+    inside = _moved(np.full_like(one, 255), warp) == 255
+    first, second = details[0][inside], _moved(details[1], warp)[inside]
+    return warp if _correlations(first, second) >= MIN_THUMBNAIL_CORRELATION else None
+
+
+def look_closer(one, other, start):
+    """Whether two close views show one picture, and whether in the same colours.
+
+    start: the map of _align for their thumbnails.
+    """
+    import cv2
+
+    one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
+    grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
+    scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
+    warp = _align(grey_one, grey_other, start * scale)
+    if warp is None:
+        return False, False
+    inside = _moved(np.full_like(grey_one, 255), warp) == 255
+    same_detail = _same_detail(grey_one, _moved(grey_other, warp), inside)
+    return same_detail, _same_colours(one, _moved(other, warp), inside)
+
+
+def _align(one, other, start):
+    """The (2, 3) affine map by which one square grey picture shows what the other one shows.
+
+    The search begins at `start`. None if it fails, or would stretch or turn too much.
+    """
+    import cv2
+
+    until = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGN_STEPS, 1e-3)
+    try:
+        _, warp = cv2.findTransformECC(one, other, start, cv2.MOTION_AFFINE, until, None, 5)
+    except cv2.error:  # it does not converge, as where one of them is plain
+        return None
+    is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
+    overlap = _moved(np.full_like(one, 255), warp).mean() / 255
+    return warp if is_near and overlap >= MIN_OVERLAP else None
+
+
+def _moved(picture, warp):
+    """A picture moved by a map of _align; 0 where nothing comes from."""
+    import cv2
+
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
+
+
+def _same_detail(one, other, inside):
+    """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures."""
+    first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
+    contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
+    is_comparable = inside & (np.maximum(one, other) < WHITE)
+    has_detail = (contrasts > MIN_CONTRAST) & (_blocks(is_comparable).mean(axis=1) > 0.9)
+    if has_detail.sum() < MIN_BLOCKS:
+        return False
+    correlations = _correlations(first[has_detail], second[has_detail])
+    return bool(np.quantile(correlations, DIFFERENT_BLOCKS) >= MIN_BLOCK_CORRELATION)
+
+
+def _detail(grey, fine, coarse):
+    """The difference of a picture's two blurs, of so many pixels each."""
+    import cv2
+
+    grey = grey.astype(np.float32)
+    return cv2.GaussianBlur(grey, (0, 0), fine) - cv2.GaussianBlur(grey, (0, 0), coarse)
+
+
+def _blocks(picture):
+    """The blocks of a (128, 128) picture: (64, 256)."""
+    count = CLOSE_SIZE // BLOCK
+    return picture.reshape(count, BLOCK, count, BLOCK).swapaxes(1, 2).reshape(count**2, -1)
+
+
+def _correlations(one, other):
+    """The correlations along the last axis, 1 for the same picture in another light."""
+    one = one - one.mean(axis=-1, keepdims=True)
+    other = other - other.mean(axis=-1, keepdims=True)
+    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    return (one * other).sum(axis=-1) / np.maximum(lengths, 1e-3)
+
+
+def _same_colours(one, other, inside):
+    """Whether one (128, 128, 3) picture may be the other one tinted, or with less or no colour."""
+    import cv2
+
+    tints = []
+    for picture in (one, other):
+        smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
+        tint = smooth[inside][:, [0, 2]] - smooth[inside][:, [1]]  # red and blue against green
+        tints.append((tint - tint.mean(axis=0)).ravel())
+    if min(tint.std() for tint in tints) < MIN_TINT:
+        return True
+    return bool(_correlations(*tints) >= MIN_TINT_CORRELATION)
 
 
 # ---- Options -------------------------------------------------------------------------------------

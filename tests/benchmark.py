@@ -12,6 +12,7 @@ meets both; "2.0 × (1.9–2.2)" is the median of the rounds' own ratios and the
 
 import argparse
 import contextlib
+import csv
 import importlib.util
 import io
 import platform
@@ -28,7 +29,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,10 +39,18 @@ import tensorflow as tf
 from draw_flowers import CLASS_NAMES, draw_flower
 from keras import layers
 
-from create_train_val_test import class_folders, cores, map_photos, read_photo, similar_pairs
+from create_train_val_test import (
+    class_folders,
+    cores,
+    likely_pairs,
+    map_photos,
+    outlines,
+    read_photo,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+SPLIT = ROOT / "create_train_val_test.py"
 
 # How much is measured; --quick only shows that everything runs.
 FULL = {
@@ -49,7 +58,8 @@ FULL = {
     "size": 299,  # pixels, the side of the model's input
     "drawn_per_class": 100,
     "split_per_class": 780,
-    "hashes": (10_000, 100_000),
+    "searched": (4_000, 100_000),
+    "altered": 320,  # photos, of each of which every kind of copy is made
     "augmented": 200,  # photos in a round
     "batch_size": 16,
     "steps": 8,  # of training in a round
@@ -71,7 +81,8 @@ QUICK = FULL | {
     "size": 107,
     "drawn_per_class": 16,
     "split_per_class": 16,
-    "hashes": (1_000, 10_000),
+    "searched": (500, 1_000),
+    "altered": 6,
     "augmented": 4,
     "batch_size": 4,
     "steps": 2,
@@ -235,29 +246,108 @@ def compare_split(bench):
         bench.times(f"Split of {count:,} photos", own, times, name, "{:.2f} s".format)
 
 
+def moved(image, share):
+    """The image without a strip of that share of each side, as if the camera had moved."""
+    width, height = image.size
+    return image.crop((round(width * share), round(height * share), width, height))
+
+
+def cropped(image, share):
+    """The image without that share of each side all around."""
+    left, top = (round(side * share) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def slanted(image, degrees):
+    """The image turned by a few degrees, without the corners where nothing comes from."""
+    lost = np.sin(np.radians(degrees)) / 2 * max(image.size) / min(image.size)
+    return cropped(image.rotate(degrees, Image.Resampling.BICUBIC), lost)
+
+
+def resized(image, factor):
+    return image.resize((round(image.width * factor), round(image.height * factor)))
+
+
+def tinted(image):
+    return Image.blend(image, Image.new("RGB", image.size, (200, 80, 20)), 0.3)
+
+
+def watermarked(image):
+    image, text = image.copy(), "(c) photo.com"
+    size = image.width // 12
+    place = (image.width * 0.55, image.height * 0.85)
+    ImageDraw.Draw(image).text(place, text, fill="white", font_size=size)
+    return image
+
+
+ALTERATIONS = {
+    "quality 40": lambda image: image,
+    "half the size": partial(resized, factor=0.5),
+    "a third of the size": partial(resized, factor=1 / 3),
+    "twice the size": partial(resized, factor=2),
+    "tinted": tinted,
+    "grey": lambda image: image.convert("L"),
+    "brighter by 15 %": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
+    "more contrast, 30 %": lambda image: ImageEnhance.Contrast(image).enhance(1.3),
+    **{f"shifted by {k} %": partial(moved, share=k / 100) for k in (1, 2, 3, 5)},
+    **{f"cropped by {k} % a side": partial(cropped, share=k / 100) for k in (2, 4)},
+    **{f"turned by {k}°": partial(slanted, degrees=k) for k in (1, 2, 3)},
+    "mirrored": ImageOps.mirror,
+    "turned by 90°": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "turned by 180°": lambda image: image.transpose(Image.Transpose.ROTATE_180),
+    "turned by 270°": lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    "mirrored, shifted by 2 %": lambda image: moved(ImageOps.mirror(image), 0.02),
+    "with a watermark": watermarked,
+    "in a white frame of 4 %": lambda image: ImageOps.expand(image, image.width // 25, "white"),
+}
+
+
 def measure_copies(bench):
-    """The search for near-equal pairs among random hashes of which one in 100 is another with 6
-    bits flipped."""
+    """The search for likely pairs among soft blobs; and the altered copies of photos that the whole
+    command finds, as the share of all."""
     rng = np.random.default_rng(0)
 
     def search(count):
-        hashes = rng.integers(0, 2**64, count, dtype=np.uint64)
-        originals = np.arange(count // 100)
-        for k in originals:
-            flips = rng.choice(64, 6, replace=False).astype(np.uint64)
-            hashes[count - 1 - k] = hashes[k] ^ np.bitwise_or.reduce(np.uint64(1) << flips)
-        start = time.perf_counter()
-        pairs = similar_pairs(hashes)
-        taken = time.perf_counter() - start
-        missed = {(k, count - 1 - k) for k in originals.tolist()} - set(map(tuple, pairs.tolist()))
-        assert not missed, f"{len(missed)} copies were not found"
-        return taken
+        coarse = rng.integers(0, 256, (count, 6, 7), dtype=np.uint8)
+        blobs = [cv2.resize(blob, (32, 32), interpolation=cv2.INTER_CUBIC) for blob in coarse]
+        thumbnails = np.stack(blobs)
+        return seconds(lambda: likely_pairs(outlines(thumbnails)))
 
-    few, many = in_turn(bench.rounds, *(partial(search, count) for count in bench.hashes))
-    fewer, more = bench.hashes
+    few, many = in_turn(bench.rounds, *(partial(search, count) for count in bench.searched))
+    fewer, more = bench.searched
     growth = spread(many / few, unit=f" × the time for {more / fewer:.0f} × the photos")
-    what = f"Search for copies among {more:,} photos ({fewer:,})"
+    what = f"First look for copies among {more:,} photos ({fewer:,})"
     bench.row(what, f"{np.median(many):.2f} s ({np.median(few):.3f} s)", "none", growth)
+
+    photos = sorted(path for path in bench.data.glob("*/*/*") if path.is_file())
+    photos = [photos[k] for k in np.linspace(0, len(photos) - 1, bench.altered).astype(int)]
+    for kind, alter in ALTERATIONS.items():
+        source = bench.scratch / f"copies {kind}"
+        found = altered_copies_found(photos, alter, source)
+        bench.row(f"Copies found: {kind}", f"{found:.1%}")
+        shutil.rmtree(source)
+
+
+def altered_copies_found(photos, alter, folder):
+    """The share of the photos whose altered copy the split takes for one."""
+    for name in ("photos", "others"):
+        (folder / "source" / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for k in range(10):  # as there must be two classes
+        drawn = Image.fromarray(draw_flower(CLASS_NAMES[k % len(CLASS_NAMES)], rng, 160)[0])
+        drawn.save(folder / "source/others" / f"{k}.png")
+    for k, path in enumerate(photos):
+        image = Image.open(path).convert("RGB")
+        image.save(folder / "source/photos" / f"{k}.jpg", quality=95)
+        altered = folder / "source/photos" / f"{k} again.jpg"
+        alter(image).save(altered, quality=40 if alter is ALTERATIONS["quality 40"] else 60)
+    call(sys.executable, SPLIT, folder / "source", "--output", folder)
+    with (folder / "split.csv").open(encoding="utf-8", newline="") as file:
+        groups = {row["source"]: row["group"] for row in csv.DictReader(file)}
+    pairs = [
+        (groups[f"photos/{k}.jpg"], groups[f"photos/{k} again.jpg"]) for k in range(len(photos))
+    ]
+    return np.mean([one == other != "" for one, other in pairs])
 
 
 # ---- Training ------------------------------------------------------------------------------------

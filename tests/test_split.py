@@ -252,6 +252,19 @@ def shrink(image, factor):
     return image.resize((int(image.width * factor), int(image.height * factor)))
 
 
+def turned(image, degrees):
+    """The image turned, without the corners where nothing comes from."""
+    width, height = image.size
+    large = image.rotate(degrees, Image.Resampling.BICUBIC)
+    return large.crop((width // 20, height // 20, width - width // 20, height - height // 20))
+
+
+def with_watermark(image):
+    image = image.copy()
+    ImageDraw.Draw(image).text((165, 135), "(c) me", fill="white")
+    return image
+
+
 COPIES = {
     "lower quality": lambda image: image,
     "half the size": lambda image: shrink(image, 0.5),
@@ -259,6 +272,14 @@ COPIES = {
     "grey": lambda image: image.convert("L"),
     "a tint": lambda image: Image.blend(image, Image.new("RGB", image.size, (200, 80, 20)), 0.3),
     "more light": lambda image: ImageEnhance.Brightness(image).enhance(1.15),
+    "a little closer": lambda image: image.crop((6, 6, 194, 144)),
+    "moved to the right": lambda image: image.crop((7, 0, 200, 150)),
+    "moved along both sides": lambda image: image.crop((6, 5, 200, 150)),
+    "turned by 2 degrees": lambda image: turned(image, 2),
+    "mirrored and moved": lambda image: ImageOps.mirror(image).crop((4, 0, 200, 147)),
+    "on its side": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "with a watermark": with_watermark,
+    "in a frame": lambda image: ImageOps.expand(image, 8, "white"),
 }
 
 
@@ -277,17 +298,6 @@ def test_every_kind_of_copy_is_found_and_nothing_else(tmp_path):
     assert sorted(found, key=sorted) == sorted(expected, key=sorted)
     places = where(rows)
     assert all(len({places[path] for path in group}) == 1 for group in found)
-
-
-@pytest.mark.parametrize("box", [(6, 6, 194, 144), (7, 0, 200, 150), (4, 4, 200, 150)])
-def test_the_same_scene_a_little_closer_or_moved_is_found(tmp_path, box):
-    source = make_source(tmp_path / "photos", daisy=10, rose=10)
-    scene, (left, top, right, _) = picture(942, (200, 150)), box
-    other_box = (0, 0, 200 - left, 150 - top) if right == 200 else (0, 0, 200, 150)
-    scene.crop(box).save(source / "daisy/one.png")
-    scene.crop(other_box).save(source / "daisy/other.png")
-    rows = split(source, tmp_path / "out")
-    assert {row["source"] for row in rows if row["group"]} == {"daisy/one.png", "daisy/other.png"}
 
 
 def deal(sizes, **free):
@@ -329,7 +339,8 @@ def test_a_group_goes_to_one_split_as_a_whole_with_fractions_as_near_as_it_allow
 
 def test_a_picture_under_two_classes_is_left_out_and_both_sides_are_named(tmp_path, capsys):
     source = make_source(tmp_path / "photos", rose=10, tulip=10)
-    Image.open(source / "rose/photo_004.jpg").resize((60, 50)).save(source / "tulip/small.jpg")
+    small = Image.open(source / "rose/photo_004.jpg").resize((60, 50))
+    small.convert("L").save(source / "tulip/small.jpg")
     rows = {row["source"]: row for row in split(source, tmp_path / "out")}
     assert rows["rose/photo_004.jpg"]["split"] == rows["tulip/small.jpg"]["split"] == "skipped"
     assert "tulip/small.jpg" in rows["rose/photo_004.jpg"]["note"]
@@ -362,7 +373,7 @@ def frames(seed, count=40, degrees=3):
     return [image.rotate(degrees * k).crop((45, 45, 135, 135)) for k in range(count)]
 
 
-def digits(seed, count=150):
+def digits(seed, count=25):
     """Handwritten zeros or sevens of 8 × 8 pixels, each another one, enlarged to 28 × 28."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
@@ -414,19 +425,71 @@ def test_only_identical_files_are_copies_if_asked_for(tmp_path):
     assert counts_of(rows, "rose") == [8, 1, 1]
 
 
-def test_the_bucket_search_finds_exactly_the_pairs_that_a_search_of_all_pairs_finds():
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**64, 400, dtype=np.uint64)
-    for index, distance in enumerate(np.tile(np.arange(10), 15)):
-        flips = sum(1 << int(bit) for bit in rng.choice(64, distance, replace=False))
-        hashes[399 - index] = hashes[index] ^ np.uint64(flips)
-    every = {
-        (one, other)
-        for one, other in itertools.combinations(range(400), 2)
-        if (int(hashes[one]) ^ int(hashes[other])).bit_count() <= 6
+@pytest.mark.parametrize("turn", range(8))
+def test_likely_pairs_are_those_that_a_search_of_all_pairs_and_turns_finds(turn):
+    rng = np.random.default_rng(turn)
+    blurred = [picture(seed, (32, 32)).convert("L") for seed in range(300)]
+    thumbnails = np.stack([np.asarray(image) for image in blurred])
+    known = rng.permutation(300)[:40].reshape(-1, 2)
+    # Mirrored left and right for 1, up and down for 2, about the diagonal for 4.
+    for one, other in known:
+        turned = thumbnails[one][:, ::-1] if turn & 1 else thumbnails[one]
+        turned = turned[::-1] if turn & 2 else turned
+        thumbnails[other] = turned.T if turn & 4 else turned
+    pairs = split_script.likely_pairs(split_script.outlines(thumbnails))
+    found = {frozenset(pair[:2]) for pair in pairs}
+    assert found == {frozenset(pair) for pair in known.tolist()}
+
+
+def garment(outline, cloth, print_seed):
+    """A shirt on a sheet: the same outline each time, other folds, colours and prints."""
+    rng = np.random.default_rng([outline, print_seed])
+    image = Image.new("RGB", (240, 240), (225, 220, 210))
+    body = [(60, 50), (100, 40), (140, 40), (180, 50), (215, 95), (185, 110), (178, 95)]
+    body += [(178, 205), (62, 205), (62, 95), (55, 110), (25, 95)]
+    ImageDraw.Draw(image).polygon(body, fill=cloth)
+    folds = Image.fromarray(rng.integers(0, 256, (30, 30), dtype=np.uint8)).resize((240, 240))
+    shirt = Image.blend(image, ImageOps.colorize(folds, "black", "white"), 0.12)
+    mask = Image.new("L", image.size)
+    ImageDraw.Draw(mask).polygon(body, fill=255)
+    return Image.composite(shirt, image, mask)
+
+
+def test_the_same_place_and_outline_are_not_the_same_picture(tmp_path):
+    source = make_source(tmp_path / "photos", shirt=8, skirt=8)
+    for index, cloth in enumerate([(180, 30, 40), (30, 60, 160), (20, 20, 20), (90, 150, 80)]):
+        garment(0, cloth, index).save(source / "shirt" / f"{index}.png")
+        garment(0, cloth, 10 + index).save(source / "skirt" / f"{index}.png")
+    garment(0, (180, 30, 40), 0).save(source / "skirt" / "the same as 0.jpg", quality=80)
+    rows = split(source, tmp_path / "out")
+    assert list(groups_of(rows).values()) == [{"shirt/0.png", "skirt/the same as 0.jpg"}]
+
+
+def test_other_colours_mirrors_and_turns_are_copies_within_a_class_and_no_label_conflict(tmp_path):
+    source = make_source(tmp_path / "photos", six=8, nine=8)
+    scene = picture(50, (200, 150))
+    light, blue, red = scene.convert("YCbCr").split()
+    opposite = Image.merge("YCbCr", (light, ImageOps.invert(blue), ImageOps.invert(red)))
+    altered = {
+        "mirrored": ImageOps.mirror(scene),
+        "upside down": ImageOps.flip(scene),
+        "turned left": scene.transpose(Image.Transpose.ROTATE_90),
+        "turned right": scene.transpose(Image.Transpose.ROTATE_270),
+        "half turn": scene.transpose(Image.Transpose.ROTATE_180),
+        "other colours": opposite.convert("RGB"),
     }
-    assert set(map(tuple, split_script.similar_pairs(hashes).tolist())) == every
-    assert len(every) == 105  # 15 each at distance 0 to 6
+    for name, image in altered.items():
+        image.save(source / "nine" / f"{name}.jpg", quality=85)
+    (source / "six" / "photo_000.jpg").unlink()
+    scene.save(source / "six" / "original.png")
+    rows = split(source, tmp_path / "out")
+    assert "skipped" not in where(rows).values()
+    (group,) = groups_of(rows).values()
+    assert group == {f"nine/{name}.jpg" for name in altered}
+    scene.save(source / "nine" / "original.png")
+    rows = split(source, tmp_path / "again")
+    conflict = {row["source"] for row in rows if row["note"].startswith("label conflict")}
+    assert {"six/original.png", "nine/original.png"} <= conflict
 
 
 def test_no_folder_inside_a_class_and_no_pair_of_copies_is_ever_in_two_splits(tmp_path):
@@ -460,7 +523,10 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
         for name in names:
             picture(ord(name[0])).save(source / "daisy" / patient / name)
     shutil.copy(source / "daisy/photo_000.jpg", source / "daisy/p0/copy.jpg")
-    shutil.copy(source / "daisy/photo_001.jpg", source / "daisy/z.jpg")
+    shutil.copy(source / "daisy/p1/c.jpg", source / "daisy/z.jpg")
+    (source / "rose" / "p2").mkdir()
+    shutil.copy(source / "daisy/photo_002.jpg", source / "rose/p2/in conflict.jpg")
+    picture(77).save(source / "rose/p2/alone.jpg")
     rows = {row["source"]: row for row in split(source, tmp_path / "out")}
     reasons = {path: (row["group"], row["reason"]) for path, row in rows.items() if row["group"]}
     assert reasons == {
@@ -468,8 +534,10 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
         "daisy/p0/b.jpg": ("1", "folder"),
         "daisy/p0/copy.jpg": ("1", "folder and copies"),
         "daisy/photo_000.jpg": ("1", "copies"),
-        "daisy/photo_001.jpg": ("2", "copies"),
+        "daisy/p1/c.jpg": ("2", "copies"),
         "daisy/z.jpg": ("2", "copies"),
+        "daisy/photo_002.jpg": ("3", "copies"),
+        "rose/p2/in conflict.jpg": ("3", "copies"),
     }
     kept = tmp_path / "out" / rows["daisy/p0/a.jpg"]["split"] / "daisy/p0/a.jpg"
     assert kept.read_bytes() == (source / "daisy/p0/a.jpg").read_bytes()
@@ -521,7 +589,25 @@ def test_check_names_what_lies_in_several_parts_or_classes_of_a_split_that_other
     ]
 
 
+def test_check_fails_where_it_finds_something_and_only_there(tmp_path, capsys):
+    for name in ("train", "test"):
+        make_source(tmp_path / "data" / name, daisy=0, rose=0)
+    (tmp_path / "data/train/rose/empty.jpg").touch()
+    assert check(tmp_path / "data", capsys)[0] == 0
+    picture(1).save(tmp_path / "data/test/rose/one.png")
+    picture(1).save(tmp_path / "data/test/rose/other.png")  # in one part and one class
+    assert check(tmp_path / "data", capsys)[0] == 0
+    picture(2).save(tmp_path / "data/test/rose/two.png")
+    picture(2).save(tmp_path / "data/test/daisy/two.png")
+    assert check(tmp_path / "data", capsys)[0] == 1
+    (tmp_path / "data/test/daisy/two.png").rename(tmp_path / "data/train/rose/two.png")
+    assert check(tmp_path / "data", capsys)[0] == 1
+
+
 def test_check_refuses_what_is_not_split(tmp_path):
+    make_source(tmp_path / "folders" / "daisy", patient0=1, patient1=1)
+    make_source(tmp_path / "folders" / "rose", patient2=1)
+    assert "is not split" in refused(tmp_path / "folders", tmp_path / "out", "--check")
     source = make_source(tmp_path / "photos", daisy=8, rose=8)
     assert "is not split" in refused(source, tmp_path / "out", "--check")
     assert "No such file" in refused(tmp_path / "missing", tmp_path / "out", "--check")
