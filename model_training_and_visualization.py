@@ -37,9 +37,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from create_train_val_test import (
+    BUILDING,
     PHOTO_SUFFIXES,
     SPLITS,
     Stop,
+    beside_this_script,
     class_folders,
     cores,
     is_hidden,
@@ -644,6 +646,7 @@ def _last_layer_below(model, block):
 def train_and_save(options, build=build_model):
     """Train, and save the model of the best epoch. Returns what open_saved returns."""
     require_writable(options.model.parent)
+    require_whole_split(options.data)
     size = (options.image_size, options.image_size)
     splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
     phases = training_phases(
@@ -3268,6 +3271,17 @@ def require_writable(folder):
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
         raise Stop(f"{printable(folder)}: {reason}. Choose another place.") from error
+
+
+def require_whole_split(data):
+    """Raises Stop where a split is only half in its place; says where nobody looked for copies."""
+    script = beside_this_script("create_train_val_test.py")
+    if (data / BUILDING / "split.csv").exists():
+        remedy = f"{pasteable('python', script, 'PHOTOS', '--output', data)} moves the rest."
+        raise Stop(f"{printable(data)}: its split is half in its place.\n{remedy}")
+    if data.is_dir() and not (data / "split.csv").is_file():
+        check = pasteable("python", script, data, "--check")
+        print(f"No split.csv in {printable(data)}: {check} looks for copies across the parts.")
 
 
 def require_photos(paths):
