@@ -987,12 +987,12 @@ def _remove_partial_files(path):
 # Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
 # likely copies, as it takes a while.
 
-MIN_THUMBNAIL_CORRELATION = 0.8
+MIN_THUMBNAIL_CORRELATION = 0.84
 MIN_BLOCK_CORRELATION = 0.87
 # Of the blocks with detail, so many may differ all the same: a watermark covers some.
-DIFFERENT_BLOCKS = 0.25
+DIFFERENT_BLOCKS = 0.2
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
-MIN_CONTRAST = 3.0  # grey levels of 255 (standard deviation) of a block that has detail
+MIN_CONTRAST = 2.0  # grey levels of 255 (standard deviation) of a block that has detail
 WHITE = 250  # from where a brighter copy may have lost its detail
 MIN_BLOCKS = 4  # that have detail; a bare sky has nothing to be known by
 ALIGN_STEPS = 15
