@@ -233,6 +233,25 @@ def test_it_runs_in_a_thread_with_streams_that_are_no_files(saved, split_flowers
     assert page.startswith("file:///") and lines[-1].endswith(page)
 
 
+def test_a_split_that_is_half_in_its_place_or_was_not_looked_through_is_named(
+    split_flowers, tmp_path, capsys
+):
+    study.require_whole_split(split_flowers)  # made by hand: it has no split.csv
+    line = capsys.readouterr().out.strip()
+    assert "create_train_val_test.py" in line and "--check" in line and str(split_flowers) in line
+    (tmp_path / "split.csv").touch()
+    study.require_whole_split(tmp_path)
+    assert capsys.readouterr().out == ""
+    waiting = (
+        tmp_path / ".split.building" / "split.csv"
+    )  # where the split makes ready what it moves
+    waiting.parent.mkdir()
+    waiting.touch()
+    with pytest.raises(Stop, match="half") as stop:
+        study.require_whole_split(tmp_path)
+    assert stop.value.exit_code == 2 and "create_train_val_test.py" in str(stop.value)
+
+
 def test_hidden_folders_hold_no_photos(split_flowers, tmp_path):
     shutil.copytree(split_flowers / "test", tmp_path / "test")
     for hidden in (".ipynb_checkpoints", "__MACOSX"):
