@@ -2761,7 +2761,7 @@ class Progress:
 
     def tell(self, file):
         """Say that a file is written."""
-        self.bar.update(self.task, description=file)
+        self.bar.update(self.task, description=f"{Path(file).stem} is drawn")
         if not self.on_terminal:
             print(file, flush=True)
 

@@ -549,11 +549,11 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
 # ---- A split that others made --------------------------------------------------------------------
 
 
-def check(source, capsys):
+def check(source, capsys, *options):
     """Exit code and lines of a check; it must not change a thing."""
     before = tree(source)
     try:
-        split_script.main(split_script.parse_options(["--check", str(source)]))
+        split_script.main(split_script.parse_options(["--check", str(source), *options]))
         code = 0
     except Stop as stop:
         code = stop.exit_code
@@ -602,6 +602,18 @@ def test_check_fails_where_it_finds_something_and_only_there(tmp_path, capsys):
     assert check(tmp_path / "data", capsys)[0] == 1
     (tmp_path / "data/test/daisy/two.png").rename(tmp_path / "data/train/rose/two.png")
     assert check(tmp_path / "data", capsys)[0] == 1
+    picture(2).save(tmp_path / "data/train/rose/two.jpg", quality=60)  # alike, but not identical
+    (tmp_path / "data/train/rose/two.png").unlink()
+    assert check(tmp_path / "data", capsys)[0] == 1
+    assert check(tmp_path / "data", capsys, "--copies", "identical")[0] == 0
+
+
+def test_a_label_conflict_names_three_others_and_counts_only_what_is_left(tmp_path):
+    source = make_source(tmp_path / "photos", daisy=9, rose=9)
+    for name in ("a", "b", "c"):
+        shutil.copy(source / "daisy/photo_002.jpg", source / f"rose/{name}.jpg")
+    rows = {row["source"]: row["note"] for row in split(source, tmp_path / "out")}
+    assert rows["daisy/photo_002.jpg"].endswith("rose/a.jpg, rose/b.jpg, rose/c.jpg")
 
 
 def test_check_refuses_what_is_not_split(tmp_path):
@@ -1063,6 +1075,11 @@ def test_a_grey_picture_of_more_than_8_bits_is_scaled_by_its_brightest_pixel(tmp
         assert np.abs(photo - samples[..., None] * (255 / samples.max())).max() <= 0.51, name
     Image.fromarray(np.zeros((9, 60), np.uint16)).save(tmp_path / "black.png")
     assert not read_photo(tmp_path / "black.png").any()
+    broken = (ramp * 0.5).astype(np.float32)
+    broken[0, :3] = np.inf, -np.inf, np.nan  # pixels that a sensor lost: the rest stays as it is
+    Image.fromarray(broken).save(tmp_path / "broken.tif")
+    difference = read_photo(tmp_path / "broken.tif")[1:, :, 0] - ramp[1:] * 255
+    assert np.abs(difference).max() <= 0.51
     notes = {row["source"]: row["note"] for row in split(source, tmp_path / "out")}
     found = {path: note for path, note in notes.items() if note}
     assert found.keys() == {f"rose/{name}" for name in deep}
