@@ -781,6 +781,11 @@ class Evaluation:
         """The number of photos of the smallest class."""
         return int(self.confusion.sum(1).min())
 
+    @property
+    def has_few_photos(self):
+        """Whether a class has so few photos that each changes the result by much."""
+        return self.fewest_photos < FEW_PHOTOS
+
 
 def _shares(counts, totals):
     return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
@@ -2850,7 +2855,7 @@ def _warnings_about(evaluation):
     found = []
     if evaluation and evaluation.is_no_better_than_chance:
         found.append("⚠ It does no better than chance: its pictures show little learning.")
-    if evaluation and evaluation.fewest_photos < FEW_PHOTOS:
+    if evaluation and evaluation.has_few_photos:
         fewest = evaluation.fewest_photos
         found.append(f"⚠ A class has only {fewest} test photos: each changes the result by much.")
     return found

@@ -259,9 +259,11 @@ def test_hidden_folders_hold_no_photos(split_flowers, tmp_path):
             (folder / hidden).mkdir()
             shutil.copy(tmp_path / "test" / "rose" / "0.jpg", folder / hidden / "0.jpg")
     shutil.copy(tmp_path / "test" / "rose" / "0.jpg", tmp_path / "test" / "rose" / "._0.jpg")
+    (tmp_path / "test" / "tulip" / "2.jpg").rename(tmp_path / "test" / "tulip" / "2.JPG")
     batches, class_names = study.open_split(tmp_path / "test", (32, 32), 4)
     assert class_names == CLASSES
-    assert [path.name for path in batches.paths] == ["0.jpg", "1.jpg", "2.jpg"] * 3
+    names = [path.name for path in batches.paths]
+    assert names == [*(["0.jpg", "1.jpg", "2.jpg"] * 2), "0.jpg", "1.jpg", "2.JPG"]
 
 
 # ---- Own photos and own models ----

@@ -135,3 +135,12 @@ def test_a_photo_of_another_size_is_squeezed_to_what_the_model_takes():
     sheet = study.activation_grid(red_channel(), photo, "maps").astype(int)
     assert sheet.shape == (100, 100, 3)
     assert sheet[30, 50].max() < 20 < 200 < sheet[70, 50].max()
+
+
+def test_a_filter_is_selective_where_five_photos_stand_out_not_where_one_does():
+    values = np.ones((20, 3))
+    values[7, 0] = 10  # of filter 0 one photo: the five best lie 0.7 deviations above the mean
+    values[10:15, 1] = 5  # of filter 1 five photos: 1.7 deviations
+    values[:, 2] = 0  # filter 2 never fires
+    peaks = study.Peaks(values, np.zeros((20, 3, 2), int))
+    assert study.most_selective(peaks) == [1, 0]

@@ -720,6 +720,12 @@ def test_a_second_training_of_the_same_model_is_refused_and_leaves_the_first_alo
     assert stop.value.exit_code == 2 and kept.read_bytes() == b"of the first training"
 
 
+def test_checkpoints_are_sorted_by_their_epoch(tmp_path):
+    checkpoints = study.Checkpoints(tmp_path, {})
+    names = [checkpoints.file_of(epoch).name for epoch in (2, 9, 10, 99, 100)]
+    assert names == sorted(names)
+
+
 # ---- From a killed run to the pictures: the command line, --resume and --photos ----
 
 
@@ -924,6 +930,17 @@ def test_one_pair_is_called_the_most_confused_only_when_it_is_one(confusion, nam
     sentence = study.most_confused(np.array(confusion), ["ann", "bob", "cy"])
     assert re.findall(r"\b(?:ann|bob|cy)\b", sentence) == named
     assert [int(number) for number in re.findall(r"\d+", sentence)] == numbers
+
+
+def test_guessing_and_the_smallest_class_are_counted_by_true_classes():
+    labels = np.repeat([0, 1], [30, 10])
+    evaluation = study.Evaluation(CLASSES[:2], labels, np.eye(2)[np.ones(40, int)])  # all say rose
+    assert evaluation.largest_share == 0.75
+    # Two deviations of 40 guesses of which three of four are right.
+    assert evaluation.chance == pytest.approx(0.75 + 2 * np.sqrt(0.75 * 0.25 / 40))
+    assert evaluation.fewest_photos == 10 and not evaluation.has_few_photos
+    fewer = study.Evaluation(CLASSES[:2], labels[:-1], np.eye(2)[labels[:-1]])
+    assert fewer.fewest_photos == 9 and fewer.has_few_photos
 
 
 # ---- Found before the first epoch ----
