@@ -144,3 +144,28 @@ def test_a_filter_is_selective_where_five_photos_stand_out_not_where_one_does():
     values[:, 2] = 0  # filter 2 never fires
     peaks = study.Peaks(values, np.zeros((20, 3, 2), int))
     assert study.most_selective(peaks) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("without_hottest", "without_central", "judgement"),
+    [(0.2, 0.5, "Better"), (0.5, 0.2, "No better"), (0.495, 0.5, "The same")],
+)
+def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
+    without_hottest, without_central, judgement
+):
+    maps = {"maps": {k: np.ones((2, 2), "float32") for k in range(2)}}
+    explanation = study.Explanation(
+        name="a.jpg",
+        photo=np.zeros((2, 2, 3), "uint8"),
+        pixels=np.zeros((2, 2, 3), "uint8"),
+        class_names=["daisy", "rose"],
+        probabilities=np.array([0.9, 0.1]),
+        true_index=0,
+        uncut=maps,
+        deletion=study.Deletion(0.9, without_hottest, without_central),
+    )
+    words = study.deletion_caption(explanation)
+    assert judgement in words and "daisy" in words
+    numbers = [f"{value:.2f}" for value in (0.9, without_hottest, without_central)]
+    places = [words.index(number) for number in dict.fromkeys(numbers)]
+    assert places == sorted(places)
