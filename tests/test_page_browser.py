@@ -359,6 +359,8 @@ def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
             assert rows[true_index + 1][predicted + 1] == (str(count) if count else "·")
             if not count:
                 continue
+            # A filter that would leave none of them is taken back.
+            page.choose("#result", "wrong" if true_index == predicted else "right")
             page.click(f"#confusion tr:nth-child({true_index + 2}) td:nth-child({predicted + 2}) a")
             found = [
                 number
