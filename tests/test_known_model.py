@@ -561,6 +561,7 @@ def test_a_heatmap_is_titled_with_its_class_and_captioned_with_verdict_and_score
     figure, entry = drawn.figures[f"CAM_{number}.jpeg"], drawn.shown(known.name)
     of_panels = [axes.get_title(loc="left").replace("\n", " ") for axes in figure.axes[1:3]]
     assert all(class_name in title for title in of_panels)
+    assert "4 × 7" in of_panels[0]  # rows × columns of positions
     caption = drawn.caption(f"CAM_{number}.jpeg")
     assert known.name in caption and entry["verdict"] in caption and entry["worth"] in caption
     assert any(known.name in text and entry["verdict"][:12] in text for text in texts(figure))
@@ -647,6 +648,15 @@ def test_without_mistakes_the_next_class_is_compared_with_the_true_one(folder):
     strong = np.abs(difference) > np.abs(difference).max() / 2
     assert ((red > blue) == (difference > 0))[strong].all() and strong.sum() >= 1
     assert difference[strong].min() < 0
+    # One scale for all, as far down as up.
+    shown = [known.heatmap(k) for known in drawn.known.values() for k in (1, 2)]
+    shown += [
+        known.for_one_rather_than(known.contrast_class, known.label)
+        for known in drawn.known.values()
+    ]
+    peak = max(np.abs(it).max() for it in shown)
+    assert peak > max(it.max() for it in shown) * 1.001  # what speaks against a class is strongest
+    np.testing.assert_allclose(axes[-1].get_ylim(), (-peak, peak), rtol=1e-3)
 
 
 # ---- Evaluation, training, the run at a glance ---------------------------------------------------

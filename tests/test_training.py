@@ -1157,6 +1157,8 @@ def test_a_run_writes_every_picture_whole_and_none_of_them_flat(whole_run):
         picture = np.asarray(Image.open(folder / "Images" / name).convert("RGB"), float)
         assert picture.std() > 8, name
     assert {picture["file"] for picture in told["pictures"]} >= PICTURES
+    seen = [share for entry in told["filters"] for share in entry["field"]["size"]]
+    assert 0 < min(seen) < max(seen) == 1  # convolution 40 sees more than the photo of 75 pixels
     assert set(re.findall(r'"file": "([^"]*)"', json.dumps(told))) == written - {
         "run.js",
         "index.html",
