@@ -720,6 +720,19 @@ def test_a_second_training_of_the_same_model_is_refused_and_leaves_the_first_alo
     assert stop.value.exit_code == 2 and kept.read_bytes() == b"of the first training"
 
 
+def test_after_nan_the_best_epoch_is_named_not_the_last(tmp_path):
+    checkpoints = study.Checkpoints(tmp_path, {})
+    values = {"loss": [1.0, 0.8], "accuracy": [0.5, 0.6]}
+    checkpoints.history = values | {"val_loss": [0.7, 0.9], "val_accuracy": [0.5, 0.4]}
+    model = small_model()
+    model.compile("adam", "categorical_crossentropy")
+    checkpoints.set_model(model)
+    with pytest.raises(Stop) as stop:
+        checkpoints.on_epoch_end(2, dict.fromkeys(study.METRICS, np.nan))
+    assert str(checkpoints.file_of(1)) in str(stop.value) and "epoch 3" in str(stop.value)
+    assert str(checkpoints.file_of(2)) not in str(stop.value) and stop.value.exit_code == 1
+
+
 def test_checkpoints_are_sorted_by_their_epoch(tmp_path):
     checkpoints = study.Checkpoints(tmp_path, {})
     names = [checkpoints.file_of(epoch).name for epoch in (2, 9, 10, 99, 100)]
