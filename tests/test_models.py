@@ -421,3 +421,18 @@ def test_a_model_that_does_not_tell_black_from_white_is_warned_of(capsys, tmp_pa
         model.save(tmp_path / "odd.keras")
         study.load_model(tmp_path / "odd.keras", 16)
         assert ("Rescaling" in capsys.readouterr().out) == warned
+
+
+def test_what_happens_to_channels_alone_keeps_the_positions():
+    photo = keras.Input((21, 25, 3))
+    # It takes the channels apart, turns their order round and stacks them again.
+    scaled = keras.applications.resnet50.preprocess_input(photo)
+    maps = layers.Conv2D(4, 3, strides=2, name="maps")(scaled)
+    head = layers.Dense(2, activation="softmax")
+    model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(maps)))
+    network = study.Network(model)
+    assert [it.layer for it in network.convolutions] == ["maps"] and network.heatmap_layer == "maps"
+    field = network.receptive_fields["maps"]
+    assert (field.centre, field.stride, field.size) == ((1, 1), (2, 2), (3, 3))
+    batch = photos(21, 25)
+    np.testing.assert_allclose(network.probabilities(batch), model(batch), atol=1e-6)
