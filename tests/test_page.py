@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from conftest import remembered_figures, small_model
@@ -187,6 +188,30 @@ def test_a_photo_beyond_the_first_sheet_lies_in_its_place(many):
     tile = picture[top : top + sheet["tile"], left : left + sheet["tile"]]
     whole = Image.fromarray(TEST_PHOTOS["azure/a.png"][1]).resize(tile.shape[:2], 2)
     assert photo["sheet"] > 0 and np.abs(tile - np.asarray(whole)).mean() < 6
+
+
+def test_an_activation_map_is_scaled_by_the_photos_that_are_shown(tmp_path):
+    rng = np.random.default_rng(0)
+    keras.utils.set_random_seed(0)
+    paths = [tmp_path / f"{k}.png" for k in range(9)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), "uint8")).save(path)
+    folder, labels = tmp_path / "Images", [0, 1, 2] * 3
+    study.draw(
+        small_model(), paths, ["a", "b", "c"], folder, labels, pattern_size=16, pattern_steps=1
+    )
+    run = read_run(folder)
+    brightest = []
+    for entry in run["filters"]:
+        sheet = entry["maps"]
+        picture = np.asarray(Image.open(folder / sheet["file"]).convert("L")).astype(int)
+        rows = picture.reshape(len(entry["peaks"]), sheet["tile"], sheet["columns"], sheet["tile"])
+        peaks = np.max(entry["peaks"], axis=0)
+        brightest += rows.max((0, 1, 3))[peaks > 0].tolist()
+        # Some filter fires more on a photo that is not among them.
+        elsewhere = [it[0][3] if it else 0 for it in entry["patches"]]
+        assert (np.array(elsewhere) > 1.2 * peaks).any()
+    assert min(brightest) > 200  # the end of the scale has a luminance of 244
 
 
 # ---- The page as a file --------------------------------------------------------------------------
