@@ -593,10 +593,14 @@ def check_split(options):
 def _list_split(source):
     """A Photo for every file in source/part/class, the part being its split.
 
-    Raises Stop where there are no two parts that share a class.
+    Where two parts have usual names, such as train and test, no other folder is a part: the photos
+    that the split was made of may lie beside them. Raises Stop where there are no two parts that
+    share a class.
     """
     try:
         parts = {part: class_folders(source / part) for part in class_folders(source)}
+        usual = {part: names for part, names in parts.items() if part.lower() in PARTS and names}
+        parts = usual if len(usual) >= 2 else parts
         counts = Counter(itertools.chain.from_iterable(parts.values()))
         if max(counts.values(), default=0) < 2:
             remedy = "Name the folder that holds train/daisy, test/daisy, … with --check."

@@ -608,6 +608,17 @@ def test_check_fails_where_it_finds_something_and_only_there(tmp_path, capsys):
     assert check(tmp_path / "data", capsys, "--copies", "identical")[0] == 0
 
 
+def test_check_takes_the_photos_beside_a_split_for_no_part_of_it(tmp_path, capsys):
+    source = make_source(tmp_path / "data" / "flowers", daisy=8, rose=8)
+    split(source, tmp_path / "data")
+    capsys.readouterr()
+    nothing = ["In several parts: 0", "In several classes: 0"]
+    assert check(tmp_path / "data", capsys) == (0, nothing)
+    shutil.copy(source / "rose/photo_003.jpg", tmp_path / "data/test/rose/again.jpg")
+    shutil.copy(source / "rose/photo_003.jpg", tmp_path / "data/validation/rose/again.jpg")
+    assert check(tmp_path / "data", capsys)[0] == 1
+
+
 def test_a_label_conflict_names_three_others_and_counts_only_what_is_left(tmp_path):
     source = make_source(tmp_path / "photos", daisy=9, rose=9)
     for name in ("a", "b", "c"):
