@@ -186,7 +186,7 @@ def _check_options(parser, options):
         parser.error(f"argument --model: {file} is a folder; name a file")
 
 
-def load_libraries():
+def _load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
         # It may name a backend that is not installed, and the import fails; files need no backend.
@@ -215,7 +215,7 @@ os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # keeps freed memory:
 
 if __name__ == "__main__":
     OPTIONS = run(parse_options)
-    run(load_libraries)
+    run(_load_libraries)
 
 import cv2
 import h5py
@@ -273,7 +273,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     class_names = class_folders(folder)
     if len(class_names) < 2:
         raise Stop(f"{printable(folder)}: needs two class folders or more.\n{remedy}")
-    files = [photo_files(folder / name) for name in class_names]
+    files = [_photo_files(folder / name) for name in class_names]
     empty = [printable(name) for name, found in zip(class_names, files, strict=True) if not found]
     if empty:
         raise Stop(f"{printable(folder)}: no photos in {', '.join(empty)}.\n{remedy}")
@@ -289,7 +289,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     return batches, class_names
 
 
-def photo_files(folder):
+def _photo_files(folder):
     """The sorted paths of the photos in a folder and its visible subfolders."""
     files = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
@@ -562,7 +562,7 @@ def train(model, splits, phases, checkpoints):
     for phase in phases:
         if checkpoints.epochs >= phase.end_epoch:
             continue
-        compile_for(model, phase, len(batches))
+        _compile_for(model, phase, len(batches))
         if checkpoints.epochs > phase.start_epoch:
             # Loaded again: there is an optimizer now, which gets its state back.
             model.load_weights(checkpoints.file_of(checkpoints.epochs))
@@ -590,7 +590,7 @@ def train(model, splits, phases, checkpoints):
             raise
 
 
-def compile_for(model, phase, steps_per_epoch):
+def _compile_for(model, phase, steps_per_epoch):
     """Freeze what the phase freezes; set the loss, and an Adam at the phase's learning rate.
 
     steps_per_epoch: batches, not photos.
@@ -1240,7 +1240,7 @@ class Peaks:
     positions: np.ndarray  # (n, filters, 2), its row and column in the feature map
 
 
-def peaks_of(activation):
+def _peaks_of(activation):
     """The Peaks of feature maps, a tensor (n, h, w, channels)."""
     count, height, width, channels = activation.shape
     flat = tf.reshape(activation, (count, height * width, channels))
@@ -1721,7 +1721,7 @@ def survey_photos(network, photos, labels, class_names, read=None):
         classes = _classes_in_question(probabilities, labels[some])
         (uncut,) = uncut_grad_cam(from_features, feature_maps, classes)
         require_finite(probabilities, uncut)
-        found.append((probabilities, classes, uncut, *map(peaks_of, activations)))
+        found.append((probabilities, classes, uncut, *map(_peaks_of, activations)))
     probabilities, classes, uncut, *peaks = zip(*found, strict=True)
     joined = [np.concatenate(parts) for parts in (probabilities, classes, uncut)]
     of_layers = {}
@@ -1747,7 +1747,7 @@ def _traced_extractor(network, layer_names):
     return extract
 
 
-def explain_photos(survey, numbers, at_once=2):
+def _explain_photos(survey, numbers, at_once=2):
     """{number: Explanation} of some photos of a survey, with heatmaps at the end of each block.
 
     at_once: photos whose feature maps of all blocks are in memory together.
@@ -1806,8 +1806,8 @@ def draw_survey(
     output.mkdir(parents=True, exist_ok=True)
     explained = explain_chosen(survey)
     with Progress() as progress:
-        patterns = {"pattern_size": pattern_size, "pattern_steps": pattern_steps}
-        pictures = draw_pictures(output, survey, explained, record, seed, progress, **patterns)
+        patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
+        pictures = draw_pictures(output, survey, explained, patterns, record, progress)
         draw_page(output, survey, explained, pictures, record, command, progress)
 
 
@@ -1815,22 +1815,14 @@ def explain_chosen(survey):
     """{photo number: Explanation} of the own photos, and then of some examples of the others."""
     examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
     known = [survey.own_count + index for index in examples]
-    return explain_photos(survey, [*range(survey.own_count), *known])
+    return _explain_photos(survey, [*range(survey.own_count), *known])
 
 
-def draw_pictures(
-    output,
-    survey,
-    explained,
-    record,
-    seed,
-    progress,
-    pattern_size=PATTERN_SIZE,
-    pattern_steps=PATTERN_STEPS,
-):
+def draw_pictures(output, survey, explained, patterns, record, progress):
     """Draw all pictures but the page's own sheets: {what they show: [Picture]}.
 
-    explained: see explain_chosen. The other arguments are those of draw_survey.
+    explained: see explain_chosen. patterns: see find_patterns. The other arguments are those of
+    draw_survey.
     """
     network, evaluation = survey.network, survey.evaluation
     own = [it for it in explained.values() if it.true_index is None]
@@ -1838,7 +1830,6 @@ def draw_pictures(
     shown = own or examples[:EXAMPLES_SHOWN]
     tell = progress.tell_pictures
     pictures = {"layers": tell(draw_grids(output, network, shown[0]))}
-    patterns = find_patterns(network, seed, progress, pattern_size, pattern_steps)
     sheets = [tell(draw_patterns(output, of_convolution)) for of_convolution in patterns]
     if evaluation:
         for convolution in network.nearest_convolutions(EXAMPLE_CONVOLUTIONS):

@@ -1030,7 +1030,8 @@ def measure_page(bench):
         surveyed = time.perf_counter() - start
         explained = study.explain_chosen(survey)
         with contextlib.redirect_stdout(io.StringIO()), study.Progress() as progress:
-            pictures = study.draw_pictures(output, survey, explained, None, 0, progress)
+            patterns = study.find_patterns(network, progress=progress)
+            pictures = study.draw_pictures(output, survey, explained, patterns, None, progress)
             before = set(output.iterdir())
             written = seconds(
                 study.draw_page, output, survey, explained, pictures, None, "", progress
