@@ -207,7 +207,7 @@ def test_split_csv_tells_for_every_file_where_it_went_and_why(tmp_path):
         ),
         **{f"rose/{k}.jpg": ("rose", "skipped", "1", daisy) for k in ("a", "b", "c", "d")},
         "rose/empty.jpg": ("rose", "skipped", "", "is empty"),
-        "rose/notes.txt": ("rose", "skipped", "", "is of type .txt, which no photo has"),
+        "rose/notes.txt": ("rose", "skipped", "", "is of type .txt and holds no photo"),
     }
     for row in rows:
         copy = tmp_path / "out" / row["split"] / row["source"]
