@@ -963,9 +963,10 @@ def locked(path, message):
     try:
         yield
     finally:
-        if os.name != "nt":  # where the file goes with its handle
-            Path(path).unlink(missing_ok=True)
-        os.close(handle)
+        with ctrl_c_waits():
+            if os.name != "nt":  # where the file goes with its handle
+                Path(path).unlink(missing_ok=True)
+            os.close(handle)
 
 
 def _open_and_lock(path):
@@ -1050,7 +1051,7 @@ def turned(pictures, turn):
 
 
 def without_frame(image):
-    """A picture without a frame of one colour around it."""
+    """A picture without a frame of one colour and about one width around it."""
     top = np.asarray(image.crop((0, 0, image.width, 1)).convert("L"), np.int16)[0]
     # A few pixels of the frame may differ, as JPEG blurs the edge of the picture into it.
     if np.mean(np.abs(top - top[0]) > MAX_GRAIN) > 0.2:  # there is none, as mostly
@@ -1060,9 +1061,10 @@ def without_frame(image):
     if not len(rows) or not len(columns):
         return image
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    is_frame = np.subtract(box, (0, 0, *image.size)) != 0
+    widths = np.abs(np.subtract(box, (0, 0, *image.size)))
     within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
-    return image.crop(tuple(map(int, box))) if is_frame.all() and within.all() else image
+    is_frame = 0 < widths.max() <= 3 * widths.min() and within.all()
+    return image.crop(tuple(map(int, box))) if is_frame else image
 
 
 def close_view(path):
