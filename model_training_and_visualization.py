@@ -16,6 +16,8 @@ Sequential Keras classifier that takes 0–255 RGB, and return arrays:
 import argparse
 import base64
 import contextlib
+import hashlib
+import http.client
 import importlib
 import inspect
 import io
@@ -28,9 +30,10 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -62,6 +65,10 @@ AUGMENTATION = {
     "height_shift_range": 0.2,
     "horizontal_flip": True,
 }
+DEFAULTS = {"weights": "imagenet", "image_size": 299, "batch_size": 32, "epochs": 10}
+# --quick: at 203 pixels a heatmap has 5 × 5 positions. From scratch it takes more epochs.
+QUICK = {"weights": "imagenet", "image_size": 203, "batch_size": 16, "epochs": 2}
+QUICK_FROM_SCRATCH = {"weights": "none", "image_size": 139, "batch_size": 16, "epochs": 8}
 # In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
 GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
@@ -76,6 +83,7 @@ def main(options, build=None, **pattern_settings):
     blocks. pattern_settings: see draw_survey.
     """
     prepare_libraries()
+    tell_of_unused_gpu(tf.config.list_physical_devices("GPU"))
     require_writable(options.output)
     require_photos(options.photos)
     if options.skip_training:
@@ -118,7 +126,16 @@ def parse_options(words=None):
         metavar="FILE",
         help="where the model is saved, or drawn from (default: inceptionv3.keras)",
     )
-    add("--skip-training", action="store_true", help="draw from the saved model in --model")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look in minutes: smaller photos, fewer epochs, from scratch where ImageNet's "
+        "weights cannot be had",
+    )
+    way.add_argument(
+        "--skip-training", action="store_true", help="draw from the saved model in --model"
+    )
     add(
         "--photos",
         type=Path,
@@ -129,16 +146,14 @@ def parse_options(words=None):
     )
     add(
         "--weights",
-        default="imagenet",
         metavar="START",
         help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
     )
-    add("--epochs", type=int, default=10, metavar="N", help="of all phases (default: 10)")
-    add("--batch-size", type=int, default=32, metavar="N", help="photos a step (default: 32)")
+    add("--epochs", type=int, metavar="N", help="of all phases (default: 10)")
+    add("--batch-size", type=int, metavar="N", help="photos a step (default: 32)")
     add(
         "--image-size",
         type=int,
-        default=299,
         metavar="N",
         help="side of the model's square input, if the model leaves it open (default: 299)",
     )
@@ -161,7 +176,13 @@ def parse_options(words=None):
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
     _check_options(parser, options)
-    return options
+    return options if options.quick else completed(options, DEFAULTS)
+
+
+def completed(options, settings):
+    """The options, with these settings where nothing was given."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**vars(options) | settings | given)
 
 
 def _check_options(parser, options):
@@ -430,13 +451,12 @@ def build_model(class_count, image_size, weights):
 
 def _backbone(scaled, weights):
     """InceptionV3 without its top on scaled photos, with the weights that build_model is given."""
-    inception = partial(keras.applications.InceptionV3, include_top=False, input_tensor=scaled)
     if weights == "imagenet":
         try:
-            return inception(weights="imagenet")  # which Keras downloads once
-        except Exception as error:  # a bare Exception where Keras cannot reach the address
-            raise Stop(_imagenet_failure(), exit_code=1) from error
-    base = inception(weights=None)
+            weights = imagenet_weights()
+        except OSError as error:
+            raise Stop(_imagenet_failure(error), exit_code=1) from error
+    base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
     if weights != "none":
         return load_backbone_weights(base, Path(weights))
     if base.output.shape[1] < FEWEST_POSITIONS:
@@ -444,14 +464,12 @@ def _backbone(scaled, weights):
     return base
 
 
-def _imagenet_failure():
-    """The message where ImageNet's weights cannot be fetched: the address, and other choices."""
-    address = sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
-    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-    file = home / "models" / address.rpartition("/")[2]
+def _imagenet_failure(error):
+    """The message where ImageNet's weights cannot be fetched: where from, why, other choices."""
+    address = imagenet_address()
     return (
-        f"ImageNet's weights cannot be fetched from {address}\n"
-        f"Put that file by hand at {printable(file)},\n"
+        f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
+        f"Put that file by hand at {printable(cached_file(address))},\n"
         "or start from a file with --weights FILE, or from scratch with --weights none."
     )
 
@@ -647,6 +665,8 @@ def train_and_save(options, build=build_model):
     """Train, and save the model of the best epoch. Returns what open_saved returns."""
     require_writable(options.model.parent)
     require_whole_split(options.data)
+    if options.quick:
+        options = quick_options(options)
     size = (options.image_size, options.image_size)
     splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
     phases = training_phases(
@@ -3219,6 +3239,18 @@ def prepare_libraries():
     keras.config.set_dtype_policy("float32")
 
 
+def tell_of_unused_gpu(gpus, driver="/proc/driver/nvidia", programs=None):
+    """Print how TensorFlow is to see an NVIDIA card where there is one and it sees none.
+
+    gpus: those that it sees; programs: the folders in which nvidia-smi may lie, as in $PATH.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    card = Path(driver).exists() or shutil.which("nvidia-smi", path=programs)
+    if card and not gpus and not hidden:
+        install = f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
+        print(f"The NVIDIA card is not used: {install} makes it seen, on Windows only in WSL2.")
+
+
 def half_precision():
     """Keras's dtype policy for half precision, or for full where the machine lacks it."""
     if tf.config.list_physical_devices("GPU"):
@@ -3253,6 +3285,95 @@ def training_strategy():
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
+
+
+# ---- ImageNet's weights, and a first look without them -------------------------------------------
+
+IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # of the file without a classifier on top
+
+
+def quick_options(options, fetch=None):
+    """The options of a --quick run: whatever was not given is chosen for it.
+
+    fetch: imagenet_weights, or what takes its place. Where it raises OSError and no weights were
+    given, the run starts from scratch, and a line says why.
+    """
+    weights = options.weights
+    if weights is None:
+        try:
+            (fetch or imagenet_weights)()
+        except OSError as error:
+            print(f"ImageNet's weights cannot be had ({error}): this run starts from scratch.")
+            weights = "none"
+    return completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
+
+
+def imagenet_address():
+    """Where Keras downloads the weights of InceptionV3 without its top from."""
+    return sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
+
+
+def imagenet_weights(address=None, md5=IMAGENET_MD5, seconds=15):
+    """The path of ImageNet's weights in Keras's cache, where they are downloaded if need be.
+
+    A file that was cut short is downloaded again. Raises OSError where the server does not answer,
+    or falls silent, for so many seconds, or where another file comes.
+    """
+    address = address or imagenet_address()
+    file = cached_file(address)
+    if not (file.is_file() and _md5(file) == md5):
+        try:
+            _download(address, file, md5, seconds)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)  # urllib wraps what the socket says
+            if isinstance(reason, TimeoutError):
+                raise OSError(f"no answer for {seconds} s") from error
+            raise OSError(getattr(reason, "strerror", None) or str(error)) from error
+    return file
+
+
+def cached_file(address):
+    """Where Keras looks for the weights of that address."""
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    if not os.access(home, os.W_OK):
+        home = Path(tempfile.gettempdir(), ".keras")  # as Keras does
+    return home / "models" / address.rpartition("/")[2]
+
+
+def _md5(file):
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "md5").hexdigest()
+
+
+def _download(address, file, md5, seconds):
+    """Download a file, showing how far it is. Raises ValueError where another file comes."""
+    with _answer(address, seconds) as answer:
+        size = int(answer.headers.get("Content-Length", 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_whole(file) as partial_path:
+            shown = rich.progress.wrap_file(answer, size, description="ImageNet's weights")
+            with partial_path.open("wb") as target, shown as source:
+                shutil.copyfileobj(source, target)
+            if _md5(partial_path) != md5:
+                raise ValueError("what came is not the whole file")
+
+
+def _answer(address, seconds):
+    """The answer of a server, to be read. Raises TimeoutError if none begins within the seconds.
+
+    The limit of a socket is not enough: it holds for each of a server's addresses anew, for each
+    byte of its answer, and not at all for looking up its name.
+    """
+    answer = Future()
+
+    def ask():
+        try:
+            answer.set_result(urllib.request.build_opener().open(address, timeout=seconds))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
 
 
 # ---- From options to a model, and messages -------------------------------------------------------
