@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -207,6 +208,50 @@ def _check_options(parser, options):
         parser.error(f"argument --model: {file} is a folder; name a file")
 
 
+# TensorFlow writes these when it is loaded, whatever its settings say, and they mean nothing here.
+START_UP_LINES = (
+    "WARNING: All log messages before absl::InitializeLog",
+    "oneDNN custom operations are on",
+    "Could not find cuda drivers on your machine",
+)
+KEEPER = """
+import os, sys
+text = b""
+while not text.endswith(b"\\0"):
+    part = os.read(0, 65536)
+    if not part:  # the other side has crashed
+        break
+    text += part
+known = [words.encode() for words in sys.argv[1:]]
+lines = text.removesuffix(b"\\0").splitlines(keepends=True)
+harmless = all(any(words in line for words in known) for line in lines)
+if not (text.endswith(b"\\0") and harmless):
+    os.write(2, b"".join(lines))
+"""
+
+
+@contextlib.contextmanager
+def without_lines(known):
+    """Keep what comes on the standard error, and pass it on whole unless every line is known.
+
+    known: words, of which each line that is known holds some. Another process keeps the text, so
+    that it comes even if this one crashes, as TensorFlow does on a processor that it cannot use.
+    """
+    command = [sys.executable, "-I", "-S", "-c", KEEPER, *known]
+    # A session of its own, as Ctrl-C would end it too.
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    stderr = os.dup(2)
+    os.dup2(keeper.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        keeper.communicate(b"\0")
+
+
+@without_lines(START_UP_LINES)
 def _load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
