@@ -150,7 +150,7 @@ def chosen(fetch, *more):
 
 
 def test_quick_starts_from_imagenet_or_else_from_scratch_and_says_why(capsys):
-    assert chosen(lambda: None) == ("imagenet", 203, 16, 2)
+    assert chosen(lambda: None) == ("imagenet", 235, 16, 2)
     assert capsys.readouterr().out == ""
     assert chosen(unreachable) == ("none", 139, 16, 8)
     (line,) = capsys.readouterr().out.splitlines()
@@ -159,8 +159,8 @@ def test_quick_starts_from_imagenet_or_else_from_scratch_and_says_why(capsys):
 
 def test_what_is_given_beside_quick_wins():
     assert chosen(must_not_be_asked, "--weights", "none") == ("none", 139, 16, 8)
-    assert chosen(must_not_be_asked, "--weights", "my.h5") == ("my.h5", 203, 16, 2)
-    assert chosen(must_not_be_asked, "--weights", "imagenet") == ("imagenet", 203, 16, 2)
+    assert chosen(must_not_be_asked, "--weights", "my.h5") == ("my.h5", 235, 16, 2)
+    assert chosen(must_not_be_asked, "--weights", "imagenet") == ("imagenet", 235, 16, 2)
     given = ("--image-size", "299", "--epochs", "10", "--batch-size", "32")  # the usual defaults
     for fetch, weights in ((lambda: None, "imagenet"), (unreachable, "none")):
         assert chosen(fetch, *given) == (weights, 299, 32, 10)
