@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -24,12 +22,15 @@ import tensorflow as tf
 from conftest import (
     BLOCKS,
     CLASSES,
+    FOUR_EPOCHS,
     STEM,
+    TWO_STEPS,
     full_disk_at,
     remembered_figures,
     small_inception,
     small_model,
     when,
+    words,
 )
 from draw_flowers import draw_flower
 from keras import layers
@@ -38,7 +39,6 @@ from PIL import Image
 import model_training_and_visualization as study
 from create_train_val_test import Stop, locked
 
-ROOT = Path(__file__).parents[1]
 STOCK = tf.keras.preprocessing.image.ImageDataGenerator
 POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="needs signals and limits of POSIX")
 # What TensorFlow writes on the standard error stream while it starts.
@@ -54,72 +54,8 @@ def eagerly():
     tf.config.run_functions_eagerly(False)
 
 
-def words(data, folder, *more):
-    """The words of a command line that writes into a folder."""
-    places = ["--data", data, "--model", folder / "net.keras", "--output", folder / "Images"]
-    return [str(word) for word in (*places, "--image-size", 75, "--batch-size", 7, *more)]
-
-
 def options_of(data, folder, *more):
     return study.parse_options(words(data, folder, *more))
-
-
-# ---- Processes of their own, which go on while other tests run ----
-
-# The script as the command line starts it, with patterns that are drawn within seconds: what they
-# look like is tested elsewhere. Nothing is traced, which takes longer than its few steps.
-WHOLE_RUN = """
-import model_training_and_visualization as study
-study.tf.config.run_functions_eagerly(True)
-study.run(lambda: study.main(study.parse_options(), pattern_size=48, pattern_steps=2))
-"""
-# A run with a small model that is killed before the checkpoint of its third epoch is in its place.
-KILLED_RUN = """
-import os, signal, sys
-sys.path.insert(0, "tests")
-from conftest import small_inception, study, when
-study.tf.config.run_functions_eagerly(True)
-with when("os.rename", "_epoch_003.keras", lambda: os.kill(os.getpid(), signal.SIGKILL)):
-    study.run(lambda: study.main(study.parse_options(), build=small_inception))
-"""
-# One of the head, three of fine-tuning.
-FOUR_EPOCHS = ("--epochs", 4, "--learning-rate", 0.01, "--freeze-below", "mixed9", "--seed", 3)
-TWO_STEPS = (*FOUR_EPOCHS, "--batch-size", 12)  # an epoch
-
-
-def start(code, arguments, redirection=""):
-    """Start Python code in a process of its own."""
-    line = f'exec "$0" "$@" {redirection}'
-    command = ["sh", "-c", line, sys.executable, "-W", "ignore:Even though the", "-c", code]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, **streams)
-
-
-@pytest.fixture(scope="session")
-def started_run(split_flowers, tmp_path_factory):
-    """A whole run of the real model that goes on in the background."""
-    folder = tmp_path_factory.mktemp("run")
-    more = ("--weights", "none", "--epochs", 2, "--batch-size", 12)
-    with start(WHOLE_RUN, words(split_flowers, folder, *more)) as run:
-        yield folder, run
-        run.kill()
-
-
-@pytest.fixture(scope="session")
-def started_killed_run(split_flowers, tmp_path_factory):
-    """A run, without a standard output, that kills itself in the background."""
-    folder = tmp_path_factory.mktemp("killed")
-    with start(KILLED_RUN, words(split_flowers, folder, *TWO_STEPS), ">&-") as run:
-        yield folder, run
-        run.kill()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def start_early(request):
-    """Start the processes before the tests that do not need them, where others do."""
-    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for name in {"started_killed_run", "started_run"} & asked:
-        request.getfixturevalue(name)
 
 
 # ---- Augmentation ----
@@ -1100,38 +1036,6 @@ def test_options_have_the_values_that_the_readme_promises():
     options = study.parse_options([*least, "--model", "my.h5", "--photos", "a.jpg", "b.jpg"])
     assert (options.epochs, options.image_size, options.seed) == (1, 75, 2**32 - 1)
     assert options.photos == [Path("a.jpg"), Path("b.jpg")]
-
-
-# ---- Several devices ----
-
-TWO_DEVICES = """
-import sys
-from pathlib import Path
-sys.path.insert(0, "tests")
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from conftest import small_model, study
-replicas = []
-
-def build(class_count, image_size, weights):
-    replicas.append(tf.distribute.get_strategy().num_replicas_in_sync)
-    return small_model(image_size, class_count, channels=1)
-
-*_, record = study.train_and_save(study.parse_options(), build=build)
-assert replicas == [2] and len(record["history"]["loss"]) == 2
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="starts a POSIX shell")
-def test_several_devices_train_mirrored(split_flowers, tmp_path):
-    more = ("--weights", "none", "--epochs", 2, "--batch-size", 6)
-    with start(TWO_DEVICES, words(split_flowers, tmp_path, *more)) as run:
-        try:
-            _, errors = run.communicate(timeout=120)
-        finally:
-            run.kill()
-    assert run.returncode == 0, errors
 
 
 # ---- The whole run ----
