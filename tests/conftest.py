@@ -174,6 +174,18 @@ def inception(tmp_path_factory):
     return model, path
 
 
+@pytest.fixture(scope="session")
+def stock_inception(inception):
+    """Keras's own InceptionV3 without its top, built after the one of this project.
+
+    Each weight has a value of its own, so that a swap of two layers of one shape shows.
+    """
+    stock = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(75, 75, 3))
+    rng = np.random.default_rng(0)
+    stock.set_weights([rng.random(it.shape, "float32") for it in stock.get_weights()])
+    return stock
+
+
 # ---- Processes of their own, which go on while other tests run ----
 
 # The script as the command line starts it, with patterns that are drawn within seconds: what they
