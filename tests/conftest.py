@@ -195,23 +195,30 @@ import model_training_and_visualization as study
 study.tf.config.run_functions_eagerly(True)
 study.run(lambda: study.main(study.parse_options(), pattern_size=48, pattern_steps=2))
 """
-# A run with a small model, on two devices, that is killed before the checkpoint of its third epoch
-# is in its place.
+# A run with a small model that is killed before the checkpoint of its third epoch is in its place.
 KILLED_RUN = """
 import os, signal, sys
+sys.path.insert(0, "tests")
+from conftest import small_inception, study, when
+study.tf.config.run_functions_eagerly(True)
+with when("os.rename", "_epoch_003.keras", lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    study.run(lambda: study.main(study.parse_options(), build=small_inception))
+"""
+TWO_DEVICES = """
+import sys
 sys.path.insert(0, "tests")
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from conftest import small_inception, study, when
+from conftest import small_model, study
+replicas = []
 
-def build(*arguments):
-    assert tf.distribute.get_strategy().num_replicas_in_sync == 2
-    return small_inception(*arguments)
+def build(class_count, image_size, weights):
+    replicas.append(tf.distribute.get_strategy().num_replicas_in_sync)
+    return small_model(image_size, class_count, channels=1)
 
-study.tf.config.run_functions_eagerly(True)
-with when("os.rename", "_epoch_003.keras", lambda: os.kill(os.getpid(), signal.SIGKILL)):
-    study.run(lambda: study.main(study.parse_options(), build=build))
+*_, record = study.train_and_save(study.parse_options(), build=build)
+assert replicas == [2] and len(record["history"]["loss"]) == 2
 """
 # One of the head, three of fine-tuning, of two steps each.
 FOUR_EPOCHS = ("--epochs", 4, "--learning-rate", 0.01, "--freeze-below", "mixed9", "--seed", 3)
@@ -248,6 +255,16 @@ def started_killed_run(split_flowers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     with start(["-c", KILLED_RUN, *words(split_flowers, folder, *TWO_STEPS)], ">&-") as run:
         yield folder, run
+        run.kill()
+
+
+@pytest.fixture(scope="session")
+def started_mirrored_run(split_flowers, tmp_path_factory):
+    """A small model that is trained on two devices in the background."""
+    more = ("--weights", "none", "--epochs", 2, "--batch-size", 6)
+    arguments = words(split_flowers, tmp_path_factory.mktemp("mirrored"), *more)
+    with start(["-c", TWO_DEVICES, *arguments]) as run:
+        yield run
         run.kill()
 
 
@@ -306,6 +323,6 @@ def started_hostile_run(split_flowers, tmp_path_factory):
 def start_early(request):
     """Start the processes before the tests that do not need them, where others do."""
     asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for name in ("started_hostile_run", "started_killed_run", "started_run"):
-        if name in asked:
+    for name in sorted(asked):
+        if name.startswith("started_"):
             request.getfixturevalue(name)

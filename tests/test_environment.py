@@ -105,7 +105,7 @@ def test_pictures_depend_on_no_setting_of_the_machine_and_on_no_encoding(
     as_the_script = {"pattern_size": study.PATTERN_SIZE, "pattern_steps": study.PATTERN_STEPS}
     draw_saved(folder, monkeypatch, "--output", "ours", **as_the_script)
     study.tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    printed, _ = run.communicate(timeout=120)
+    printed, _ = run.communicate(timeout=300)
     assert run.returncode == 0, printed
     theirs, ours = pictures(folder / f"theirs {NOT_UTF8}"), pictures(folder / "ours")
     assert set(theirs) == set(ours) and "CAM_1.jpeg" in ours
