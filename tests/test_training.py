@@ -895,7 +895,7 @@ EVALUATION = study.Evaluation(CLASSES, LABELS, PROBABILITIES)
 def test_the_metrics_of_ten_photos_are_what_one_counts_by_hand():
     # Daisy is said four times, of which two are daisies; of the four daisies two are found.
     # Rose is said six times, of which four are roses; of the five roses four are found.
-    assert EVALUATION.predicted.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert EVALUATION.predicted.argmax(1).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
     # Rows are true classes, columns predicted ones.
     assert EVALUATION.confusion.tolist() == [[2, 2, 0], [1, 4, 0], [1, 0, 0]]
     np.testing.assert_allclose(EVALUATION.precision, [2 / 4, 4 / 6, np.nan])
