@@ -250,6 +250,42 @@ def test_logits_get_a_softmax_and_a_sigmoid_gets_its_second_class():
         np.testing.assert_allclose(probabilities(model, photos()), np.hstack([1 - p, p]), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: [layers.Dense(3, activation="softmax"), layers.Reshape((3,))],
+        lambda: [layers.Dense(3), layers.Softmax(), layers.Activation("linear")],
+        lambda: [layers.Dense(3), keras.ops.softmax, layers.Flatten()],
+        lambda: [
+            layers.Reshape((1, 1, 4)),
+            layers.Conv2D(3, 1, activation="softmax"),
+            layers.Flatten(),
+        ],
+        lambda: [layers.Dense(6, activation="softmax"), layers.Reshape((2, 3)), of_three],
+    ],
+)
+def test_a_softmax_is_not_applied_again_whatever_follows_it(head):
+    model = headed(*head())
+    np.testing.assert_allclose(probabilities(model, photos()), model(photos()), atol=1e-6)
+
+
+def of_three(shares):
+    """Two shares for each of three classes, (n, 2, 3), which add up to 1, become one: (n, 3)."""
+    return keras.ops.sum(shares, axis=1)
+
+
+def test_several_sigmoids_give_each_class_its_own_probability_and_logit():
+    model = headed(layers.Dense(3, name="scores"), layers.Activation("sigmoid"))
+    own = model(photos()).numpy()
+    np.testing.assert_allclose(probabilities(model, photos()), own, atol=1e-6)
+    scores = keras.Model(model.input, model.get_layer("scores").output)
+    for index in range(3):
+        ours, logits_alone = (
+            study.grad_cam(it, photos()[0], "maps", index) for it in (model, scores)
+        )
+        np.testing.assert_allclose(ours, logits_alone, atol=1e-6)
+
+
 def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():
     flat = residual_model()
     base = keras.Model(flat.input, flat.get_layer("last").output)
@@ -383,9 +419,9 @@ def two_inputs():
 @pytest.mark.parametrize(
     ("build", "lacking"),
     [
-        (lambda: headed(layers.Dense(3, activation="softmax"), size=(16, 16, 1)), "RGB"),
+        (lambda: headed(layers.Dense(3, activation="softmax"), size=(16, 16, 4)), "RGB"),
         (lambda: headed(layers.Dense(3, activation="relu")), "softmax"),
-        (lambda: headed(layers.Dense(3, activation="sigmoid")), "single sigmoid"),
+        (lambda: headed(layers.Dense(3, activation="softmax"), layers.Rescaling(2)), "Rescaling"),
         (two_inputs, "one input"),
         (
             lambda: keras.Sequential(
@@ -411,18 +447,6 @@ def test_an_input_of_open_size_becomes_as_large_as_asked(tmp_path):
     assert study.grad_cam(model, photos()[0], "maps", 0).shape == (47, 47)
 
 
-def test_a_model_that_does_not_tell_black_from_white_is_warned_of(capsys, tmp_path):
-    for bias, warned in ((40.0, True), (0.0, False)):
-        photo = keras.Input((16, 16, 3))
-        saturating = layers.Conv2D(2, 3, activation="sigmoid", name="saturating")
-        means = layers.GlobalAveragePooling2D()(saturating(layers.Rescaling(1 / 255)(photo)))
-        saturating.bias.assign([bias, bias])
-        model = keras.Model(photo, layers.Dense(2, activation="softmax")(means))
-        model.save(tmp_path / "odd.keras")
-        study.load_model(tmp_path / "odd.keras", 16)
-        assert ("Rescaling" in capsys.readouterr().out) == warned
-
-
 def test_what_happens_to_channels_alone_keeps_the_positions():
     photo = keras.Input((21, 25, 3))
     # It takes the channels apart, turns their order round and stacks them again.
@@ -436,3 +460,119 @@ def test_what_happens_to_channels_alone_keeps_the_positions():
     assert (field.centre, field.stride, field.size) == ((1, 1), (2, 2), (3, 3))
     batch = photos(21, 25)
     np.testing.assert_allclose(network.probabilities(batch), model(batch), atol=1e-6)
+
+
+# ---- Photos as the model takes them --------------------------------------------------------------
+
+# What Keras documents of its modes: BGR less ImageNet's mean, or normalized by mean and deviation.
+MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+TAKEN = {
+    "0..255": lambda photo: photo,
+    "0..1": lambda photo: photo / 255,
+    "tf": lambda photo: photo / 127.5 - 1,
+    "caffe": lambda photo: photo[..., ::-1] - [103.939, 116.779, 123.68],
+    "torch": lambda photo: (photo / 255 - MEAN) / DEVIATION,
+}
+
+
+@pytest.mark.parametrize("pixels", study.PIXELS)
+def test_photos_are_turned_into_the_pixels_that_the_model_was_trained_on(pixels):
+    model = headed(layers.Dense(3, activation="softmax"))
+    network = study.Network(model, pixels=pixels)
+    expected = model(TAKEN[pixels](photos()))
+    np.testing.assert_allclose(network.probabilities(photos()), expected, atol=1e-5)
+    assert network.receptive_fields["maps"] == study.Network(model).receptive_fields["maps"]
+    (maps,) = network.activations(photos(), ["maps"])
+    expected = keras.Model(model.input, model.get_layer("maps").output)(TAKEN[pixels](photos()))
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
+
+
+def brightness_model(pixels):
+    """Tells bright photos from dark ones, at 160, if it is fed these pixels."""
+    photo = keras.Input((8, 8, 3))
+    brightness = layers.Conv2D(1, 1)
+    scores = layers.Dense(2)(layers.GlobalAveragePooling2D()(brightness(photo)))
+    model = keras.Model(photo, layers.Softmax()(scores))
+    black, white = (TAKEN[pixels](np.full(3, level)) for level in (0.0, 255.0))
+    of_channel = 255 / (white - black) / 3  # what leads back to 0–255, for the mean of channels
+    brightness.set_weights([of_channel.reshape(1, 1, 3, 1), np.array([-np.sum(of_channel * black)])])
+    model.layers[-2].set_weights([np.array([[-0.1, 0.1]]), np.array([16.0, -16.0])])
+    return model
+
+
+@pytest.fixture(scope="module")
+def dark_and_bright(tmp_path_factory):
+    """The paths of 24 dark photos and 24 bright ones, and their labels, 0 and 1."""
+    folder, paths = tmp_path_factory.mktemp("dark_and_bright"), []
+    for number, level in enumerate([*range(100, 148, 2), *range(174, 222, 2)]):
+        paths.append(folder / f"{number:02}.png")
+        Image.new("RGB", (8, 8), (level, level, level)).save(paths[-1])
+    return paths, [0] * 24 + [1] * 24
+
+
+@pytest.mark.parametrize("pixels", study.PIXELS)
+def test_a_model_that_is_fed_other_pixels_than_it_was_trained_on_is_told(
+    pixels, dark_and_bright, capsys
+):
+    paths, labels = dark_and_bright
+    model = brightness_model(pixels)
+    for fed in study.PIXELS:
+        network = study.Network(model, pixels=fed)
+        survey = study.survey_photos(network, paths, labels, ["dark", "bright"])
+        study.warn_of_pixels(survey, "my.keras", "add --pixels {}")
+        told = capsys.readouterr().out
+        right = int((survey.probabilities.argmax(1) == labels).sum())
+        if right > 38:  # ten mistakes can be few by chance
+            assert told == "" and (fed != pixels or right == 48)
+        else:
+            assert "my.keras gets 48 of 48 test photos right" in told and f"and {right} on" in told
+            assert told.endswith(f": add --pixels {pixels}\n")
+
+
+def test_without_labels_only_what_saturates_is_told(dark_and_bright, capsys):
+    paths, _ = dark_and_bright
+    for pixels, told_of in (("0..1", "add --pixels 0..1"), ("0..255", ""), ("caffe", "")):
+        network = study.Network(brightness_model(pixels))
+        survey = study.survey_photos(network, paths[:3], None, ["dark", "bright"])
+        study.warn_of_pixels(survey, "my.keras", "add --pixels {}")
+        told = capsys.readouterr().out
+        assert told_of in told and bool(told) == bool(told_of)
+
+
+@pytest.fixture(scope="module")
+def drawn_grey(tmp_path_factory):
+    """A model that takes grey photos, a coloured photo, and the folder where it is drawn."""
+    folder = tmp_path_factory.mktemp("grey")
+    model = headed(layers.Dense(2, activation="softmax"), size=(16, 16, 1))
+    photo = photos(16, 16)[0].astype("uint8")
+    Image.fromarray(photo).save(folder / "coloured.png")
+    study.draw(
+        model, [folder / "coloured.png"], ["a", "b"], folder, pattern_size=16, pattern_steps=2
+    )
+    return model, photo, folder
+
+
+def test_a_grey_model_gets_grey_photos_and_the_pictures_show_them(drawn_grey):
+    model, photo, folder = drawn_grey
+    grey = np.asarray(Image.fromarray(photo).convert("L"), "float32")
+    ours = study.Network(model).probabilities(photo[None])
+    np.testing.assert_allclose(ours, model(grey[None, ..., None]), atol=0.01)
+    for file in ("OriginalImage.jpeg", "photos_1.jpg", "photos.jpg", "conv2d_1_filters.jpg"):
+        shown = np.asarray(Image.open(folder / file).convert("RGB"), int)
+        # Beside the grey tiles there are red frames and a title.
+        assert np.median(np.ptp(shown, axis=2)) <= 3, file
+    shown = np.asarray(Image.open(folder / "OriginalImage.jpeg").convert("RGB"), int)
+    assert np.ptp(shown, axis=2).max() <= 3 and np.abs(shown[..., 0] - grey).mean() < 5
+
+
+def test_the_patterns_of_a_grey_model_are_grey_and_of_full_contrast(drawn_grey):
+    model, *_ = drawn_grey
+    pictures, _ = study.filter_patterns(model, "maps", range(4), size=32, steps=4)
+    assert (pictures == pictures[..., :1]).all()
+    np.testing.assert_allclose(pictures.std((1, 2, 3)), study.PATTERN_CONTRAST, rtol=0.2)
+
+
+def test_a_grey_model_takes_no_pixels_of_three_colours():
+    model = headed(layers.Dense(2, activation="softmax"), size=(16, 16, 1))
+    with pytest.raises(Stop, match="caffe"):
+        study.Network(model, pixels="caffe")
