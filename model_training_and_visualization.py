@@ -87,7 +87,7 @@ def main(options, build=None, **pattern_settings):
         read = test.read if test else None
         survey = survey_photos(network_of(model), photos, labels, class_names, read)
         if options.skip_training:
-            warn_of_pixels(survey, printable(options.model.name), "add --pixels {}")
+            warn_of_pixels(survey, printable(options.model.name), "--pixels {}")
         report(survey, options)
         command = pasteable("python", *without_folders(sys.argv))
         draw_survey(survey, options.output, record, command, options.seed, **pattern_settings)
@@ -504,8 +504,7 @@ def load_backbone_weights(base, path):
             with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
                 base.load_weights(path)
             return base
-        # Safe mode, which is Keras's default, runs no code from the file.
-        saved = keras.saving.load_model(path, compile=False)
+        saved = load_saved(path)
         backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
         poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
         if any(layer.strides == (1, 1) for layer in poolings):
@@ -1778,7 +1777,7 @@ def draw(model, photos, class_names, output, labels=None, *, pixels=PIXELS[0], *
     if network.remark:
         print(network.remark)
     survey = survey_photos(network, photos, labels, class_names)
-    warn_of_pixels(survey, "The model", 'add pixels="{}"')
+    warn_of_pixels(survey, "The model", 'pixels="{}"')
     draw_survey(survey, output, **settings)
 
 
@@ -3572,10 +3571,11 @@ def load_model(path, image_size):
         remedy = "Train one first (without --skip-training), or name another."
         raise Stop(f"--model {file}: no such file. {remedy}")
     try:
-        # Safe mode, which is Keras's default, runs no code from the file.
-        model = keras.saving.load_model(path, compile=False)
+        model = load_saved(path)
+    except Stop as stop:
+        raise Stop(f"--model {file}: {stop}") from stop
     except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        reason = printable(" ".join(str(error).split()))[:300]
+        reason = _failure(error)
         raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
     try:
         model = in_float32(model)
@@ -3590,6 +3590,104 @@ def load_model(path, image_size):
     if network.remark:
         print(f"--model {file}: {network.remark}")
     return model
+
+
+# A layer of ConvNeXt, the only one of keras.applications that Keras saves but cannot find again.
+CONVNEXT = sys.modules[keras.applications.ConvNeXtTiny.__module__]
+keras.saving.get_custom_objects()["LayerScale"] = CONVNEXT.LayerScale
+
+# What Keras 2 wrote of layers that do nothing with it, and Keras 3 refuses. groups: of 1.
+OLD_ARGUMENTS = (
+    "groups",
+    "rng_type",
+    "kernel_initializer",
+    "kernel_regularizer",
+    "kernel_constraint",
+    "batch_input_shape",
+)
+
+
+def load_saved(path):
+    """The Keras model of a .keras or .h5 file, also of one that Keras 2 wrote, uncompiled.
+
+    Raises Stop for one of Keras 2 that Keras 3 lacks the layers for, and whatever Keras raises for
+    other files that it cannot load.
+    """
+    try:
+        # Safe mode, which is Keras's default, runs no code from the file.
+        return keras.saving.load_model(path, compile=False)
+    except Exception:
+        old = _description(path)
+        new = _in_keras_3(old)
+        if new == old and "OpLambda" not in json.dumps(old):
+            raise
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, path.name)
+            _copy_with_description(path, copy, new)
+            return keras.saving.load_model(copy, compile=False)
+    except Exception as error:
+        raise Stop(
+            f"was saved by Keras 2; Keras 3 cannot load it: {_failure(error)}.\n"
+            "Build that model anew, call its load_weights() with this file, and save it as .keras."
+        ) from error
+
+
+def _failure(error):
+    """Why Keras could not load a file, without its dump of the configuration."""
+    text = printable(" ".join(str(error).split()))
+    text = text.rpartition("Exception encountered: ")[2]  # the innermost of several
+    text = re.split(r"\. |[.,:]? (?:using config|config)=", text)[0]
+    return text[:160].rstrip(".")
+
+
+def _description(path):
+    """The configuration of a saved model, as the file holds it."""
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("config.json"))
+    with h5py.File(path) as file:
+        return json.loads(file.attrs["model_config"])
+
+
+def _copy_with_description(path, copy, description):
+    """Write a saved model's file anew, with another configuration."""
+    text = json.dumps(description)
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as new:
+            for name in archive.namelist():
+                new.writestr(name, text if name == "config.json" else archive.read(name))
+    else:
+        shutil.copyfile(path, copy)
+        with h5py.File(copy, "r+") as file:
+            file.attrs["model_config"] = text
+
+
+def _in_keras_3(part):
+    """A part of a saved configuration as Keras 3 writes it, where Keras 2 wrote it otherwise."""
+    if isinstance(part, list):
+        return [_in_keras_3(it) for it in part]
+    if not isinstance(part, dict):
+        return part
+    part = {name: _in_keras_3(value) for name, value in part.items()}
+    config, kind = part.get("config"), part.get("class_name")
+    if not isinstance(config, dict) or not isinstance(kind, str):
+        return part
+    if "module" in part and kind == "Functional":
+        part["module"] = "keras.src.models.functional"  # as Keras 3 writes it
+    for ends in ("input_layers", "output_layers"):  # a list of one is more than the one in Keras 3
+        if len(config.get(ends, ())) == 1:
+            config[ends] = config[ends][0]
+    if isinstance(config.get("axis"), list) and len(config["axis"]) == 1:
+        config["axis"] = config["axis"][0]
+    layer = getattr(layers, kind, None)
+    if layer and config.get("groups", 1) == 1:
+        known = inspect.signature(layer.__init__).parameters
+        refused = set(OLD_ARGUMENTS) - set(known)
+        if kind == "InputLayer":
+            refused -= {"batch_input_shape"}
+        part["config"] = {name: value for name, value in config.items() if name not in refused}
+    return part
 
 
 def in_float32(model):
@@ -3609,13 +3707,13 @@ FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more p
 SATURATED = 100  # no model is trained to logits that lie so far apart
 
 
-def warn_of_pixels(survey, name, remedy):
+def warn_of_pixels(survey, name, option):
     """Print a warning where a model was plainly trained on other pixels than it is fed.
 
     Where classes are known, that is where others of PIXELS get more photos right than chance
     explains, by a sign test on the photos that only one of the two gets right. Else it is where
     only the present ones let the logits lie so far apart that all is certain. name: of the model.
-    remedy: a format of what to add.
+    option: a format of what chooses the pixels.
     """
     from scipy.stats import binomtest  # which takes a second to load
 
@@ -3628,23 +3726,27 @@ def warn_of_pixels(survey, name, remedy):
         return
     photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
     logits = _logits_by_pixels(network, photos)
-    if len(known):
-        right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
-        best = max(right, key=lambda pixels: right[pixels].sum())
-        more, fewer = np.sum(right[best] & ~right_now), np.sum(right_now & ~right[best])
-        if more and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001:
-            print(
-                f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels "
-                f"in {best}, and {right_now.sum()} on {network.pixels}: {remedy.format(best)}"
-            )
+    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
+    best = max(right, key=lambda pixels: right[pixels].sum())
+    more, fewer = np.sum(right[best] & ~right_now), np.sum(right_now & ~right[best])
+    if more and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001:
+        print(
+            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
+            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
+        )
         return
     gaps = {pixels: np.median(np.ptp(_two_highest(it), axis=1)) for pixels, it in logits.items()}
-    others = [pixels for pixels, gap in gaps.items() if gap < SATURATED]
-    if others and gaps[network.pixels] > SATURATED:
+    gap = gaps.pop(network.pixels)
+    others = [
+        option.format(pixels)
+        for pixels in gaps
+        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
+    ]
+    if others and gap > SATURATED:
         print(
             f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
-            f"highest logits differ by {gaps[network.pixels]:.0f}).\nIf it was trained on others, "
-            f"say so: {', or '.join(remedy.format(pixels) for pixels in others)}"
+            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
+            f"{', '.join(others)}"
         )
 
 

@@ -1,7 +1,10 @@
 """Any convolutional classifier: what is read off its graph, compared with what it computes."""
 
 import json
+import sys
+import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -408,6 +411,107 @@ def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
     np.testing.assert_allclose(ours, model(photos(32, 32)), atol=0.01)
 
 
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def of_many_layers():
+    """A model in a model, with the layers that Keras 2 described otherwise than Keras 3."""
+    inner_photo = keras.Input((16, 16, 3))
+    x = layers.DepthwiseConv2D(3)(inner_photo)
+    x = layers.BatchNormalization()(layers.SeparableConv2D(4, 3)(x))
+    inner = keras.Model(inner_photo, layers.Conv2DTranspose(4, 3)(x), name="inner")
+    head = [layers.GlobalAveragePooling2D(), layers.Dense(3, activation="softmax")]
+    return keras.Sequential([keras.Input((16, 16, 3)), layers.RandomFlip(), inner, *head])
+
+
+def as_keras_2(part):
+    """A configuration of Keras 3 as tf_keras 2.20 writes it, where the two differ."""
+    if isinstance(part, list):
+        return [as_keras_2(it) for it in part]
+    if not isinstance(part, dict):
+        return part
+    part = {name: as_keras_2(value) for name, value in part.items()}
+    kind, config = part.get("class_name"), part.get("config")
+    if kind == "Functional":
+        part["module"] = "tf_keras.src.engine.functional"
+        for ends in ("input_layers", "output_layers"):
+            config[ends] = [config[ends]]
+    if kind in ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"):
+        config["groups"] = 1
+    if kind == "SeparableConv2D":
+        config |= {f"kernel_{what}": None for what in ("initializer", "regularizer", "constraint")}
+    if kind == "BatchNormalization":
+        config["axis"] = [3]
+    if kind == "RandomFlip":
+        config |= {"rng_type": "stateful", "batch_input_shape": [None, 16, 16, 3]}
+    return part
+
+
+def rewrite_description(path, change):
+    """Change the configuration in a saved model's file."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = json.dumps(change(json.loads(file.attrs["model_config"])))
+        return
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["config.json"] = json.dumps(change(json.loads(files["config.json"])))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_files_of_keras_2_are_loaded_where_only_their_description_differs(suffix, tmp_path):
+    model, path = of_many_layers(), tmp_path / f"old{suffix}"
+    model.save(path)
+    rewrite_description(path, as_keras_2)
+    with pytest.raises((TypeError, ValueError)):
+        keras.saving.load_model(path)
+    before = path.read_bytes()
+    loaded = study.load_model(path, 32)
+    ours, expected = (it(photos(), training=False) for it in (loaded, model))
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert path.read_bytes() == before
+
+
+def test_an_argument_that_changes_what_a_layer_does_is_not_dropped(tmp_path):
+    def with_groups(description):
+        return json.loads(json.dumps(as_keras_2(description)).replace('"groups": 1', '"groups": 2'))
+
+    of_many_layers().save(tmp_path / "old.h5")
+    rewrite_description(tmp_path / "old.h5", with_groups)
+    with pytest.raises(Stop, match="groups"):
+        study.load_model(tmp_path / "old.h5", 32)
+
+
+@pytest.mark.parametrize("name", ["TFOpLambda", "MyLayer"])
+def test_a_layer_that_keras_lacks_is_named_in_two_short_lines(name, tmp_path):
+    def with_it(description):
+        return json.loads(json.dumps(description).replace("GlobalAveragePooling2D", name))
+
+    path = tmp_path / "foreign.h5"
+    of_many_layers().save(path)
+    rewrite_description(path, with_it)
+    with pytest.raises(Stop) as stop:
+        study.load_model(path, 32)
+    first, second = str(stop.value).replace(str(path), "foreign.h5").splitlines()
+    assert name in first and "foreign.h5" in first and max(len(first), len(second)) <= 100
+    assert ("load_weights" in second) == (name == "TFOpLambda")
+
+
+def test_the_layer_of_convnext_is_found_again(tmp_path):
+    photo = keras.Input((16, 16, 3))
+    scale = sys.modules[keras.applications.ConvNeXtTiny.__module__].LayerScale
+    x = scale(0.5, 4)(layers.Conv2D(4, 3)(photo))
+    head = layers.Dense(2, activation="softmax")
+    model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(x)))
+    model.save(tmp_path / "scaled.keras")
+    loaded = study.load_model(tmp_path / "scaled.keras", 16)
+    ours, expected = (it(photos(), training=False) for it in (loaded, model))
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
 # ---- What is refused, and what is warned of ------------------------------------------------------
 
 
@@ -495,7 +599,9 @@ def brightness_model(pixels):
     model = keras.Model(photo, layers.Softmax()(scores))
     black, white = (TAKEN[pixels](np.full(3, level)) for level in (0.0, 255.0))
     of_channel = 255 / (white - black) / 3  # what leads back to 0–255, for the mean of channels
-    brightness.set_weights([of_channel.reshape(1, 1, 3, 1), np.array([-np.sum(of_channel * black)])])
+    brightness.set_weights(
+        [of_channel.reshape(1, 1, 3, 1), np.array([-np.sum(of_channel * black)])]
+    )
     model.layers[-2].set_weights([np.array([[-0.1, 0.1]]), np.array([16.0, -16.0])])
     return model
 
@@ -519,7 +625,7 @@ def test_a_model_that_is_fed_other_pixels_than_it_was_trained_on_is_told(
     for fed in study.PIXELS:
         network = study.Network(model, pixels=fed)
         survey = study.survey_photos(network, paths, labels, ["dark", "bright"])
-        study.warn_of_pixels(survey, "my.keras", "add --pixels {}")
+        study.warn_of_pixels(survey, "my.keras", "--pixels {}")
         told = capsys.readouterr().out
         right = int((survey.probabilities.argmax(1) == labels).sum())
         if right > 38:  # ten mistakes can be few by chance
@@ -531,10 +637,10 @@ def test_a_model_that_is_fed_other_pixels_than_it_was_trained_on_is_told(
 
 def test_without_labels_only_what_saturates_is_told(dark_and_bright, capsys):
     paths, _ = dark_and_bright
-    for pixels, told_of in (("0..1", "add --pixels 0..1"), ("0..255", ""), ("caffe", "")):
+    for pixels, told_of in (("0..1", "fits: --pixels 0..1, "), ("0..255", ""), ("caffe", "")):
         network = study.Network(brightness_model(pixels))
         survey = study.survey_photos(network, paths[:3], None, ["dark", "bright"])
-        study.warn_of_pixels(survey, "my.keras", "add --pixels {}")
+        study.warn_of_pixels(survey, "my.keras", "--pixels {}")
         told = capsys.readouterr().out
         assert told_of in told and bool(told) == bool(told_of)
 
