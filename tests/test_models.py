@@ -316,11 +316,13 @@ def nested_model():
         layers.Rescaling(1 / 255, name="add")(inner_photo)
     )
     x = layers.ReLU()(layers.BatchNormalization()(x))
-    x = layers.Conv2D(4, 3, padding="same", groups=2, use_bias=False)(x)
+    x = layers.Conv2D(4, 3, padding="same", groups=2, use_bias=False, name="grouped")(x)
     x = layers.ReLU()(layers.BatchNormalization(scale=False, center=False)(x))
-    x = layers.Conv2D(4, 3, activation="relu")(x)  # a ReLU lies between: the two cannot be one
+    x = layers.Conv2D(4, 3, activation="relu", name="active")(
+        x
+    )  # a ReLU lies between: the two cannot be one
     x = layers.BatchNormalization(trainable=False)(x)
-    twice = layers.Conv2D(4, 3, padding="same")
+    twice = layers.Conv2D(4, 3, padding="same", name="twice")
     x = layers.BatchNormalization()(twice(twice(x)))  # folded, it would be applied twice
     base = keras.Model(inner_photo, x, name="base")
     photo = keras.Input((24, 24, 3))
@@ -409,6 +411,61 @@ def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
     assert all(weight.dtype == "float32" for weight in loaded.weights)
     ours = probabilities(loaded, photos(32, 32))
     np.testing.assert_allclose(ours, model(photos(32, 32)), atol=0.01)
+
+
+def built_by_fit():
+    """A Sequential model without an Input, whose shape fit has found out; it ends in logits."""
+    model = keras.Sequential(
+        [
+            layers.RandomFlip(),
+            layers.RandomZoom(0.2),
+            layers.Rescaling(1 / 255),
+            layers.Conv2D(4, 3, strides=2, activation="relu", name="maps"),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(photos(), np.array([0, 1]), verbose=0)
+    return model
+
+
+def separable_with_residuals():
+    photo = keras.Input((16, 16, 3))
+    x = layers.SeparableConv2D(4, 3, padding="same", activation="relu")(photo / 255)
+    maps = layers.Add(name="maps")([x, layers.SeparableConv2D(4, 3, padding="same")(x)])
+    head = layers.Dense(3, activation="softmax")
+    return keras.Model(photo, head(layers.GlobalAveragePooling2D()(maps)))
+
+
+def attention_after_convolutions():
+    photo = keras.Input((16, 16, 3))
+    normal = layers.Normalization(mean=120.0, variance=3600.0)(photo)
+    maps = layers.Conv2D(4, 3, strides=2, activation="relu", name="maps")(normal)
+    words = layers.Reshape((49, 4))(maps)
+    words = layers.MultiHeadAttention(2, 4)(words, words)
+    head = layers.Dense(3, activation="softmax")
+    return keras.Model(photo, head(layers.GlobalAveragePooling1D()(words)))
+
+
+@pytest.mark.parametrize(
+    "build", [built_by_fit, separable_with_residuals, attention_after_convolutions]
+)
+def test_classifiers_of_these_kinds_are_loaded_and_explained(build, tmp_path):
+    model = build()
+    model.save(tmp_path / "kind.keras")
+    network = study.Network(study.load_model(tmp_path / "kind.keras", 16))
+    outputs = model(photos(), training=False).numpy()
+    if build is built_by_fit:
+        outputs = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+    np.testing.assert_allclose(network.probabilities(photos()), outputs, atol=1e-5)
+    assert network.heatmap_layer == "maps"
+    heatmap = study.grad_cam(network, photos()[0], "maps", 1)
+    assert heatmap.shape == network.positions("maps") and np.isfinite(heatmap).all()
+    pictures, _ = study.filter_patterns(
+        network, network.convolutions[0].layer, [0], size=16, steps=1
+    )
+    assert pictures.shape == (1, 16, 16, 3)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
