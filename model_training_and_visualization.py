@@ -6,7 +6,7 @@
 The chapter follows a run: 1 photos, 2 model, 3 training, 4 evaluation, 5 activation grids, 6 filter
 patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 everything drawn. The workshop behind it
 holds the tools, and may be skipped. Three techniques work on their own, for any functional or
-Sequential Keras classifier that takes 0–255 RGB (or a Network of any other), and return arrays:
+Sequential Keras classifier that takes 0–255 RGB (or the Network of another), and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
     filter_patterns(model, "conv2d_39", range(64))
@@ -3715,8 +3715,6 @@ def warn_of_pixels(survey, name, option):
     only the present ones let the logits lie so far apart that all is certain. name: of the model.
     option: a format of what chooses the pixels.
     """
-    from scipy.stats import binomtest  # which takes a second to load
-
     network, known = survey.network, np.flatnonzero(survey.labels >= 0)
     among = known if len(known) else np.arange(len(survey.paths))
     count = min(CHECKED_PHOTOS, len(among))
@@ -3729,7 +3727,7 @@ def warn_of_pixels(survey, name, option):
     right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
     best = max(right, key=lambda pixels: right[pixels].sum())
     more, fewer = np.sum(right[best] & ~right_now), np.sum(right_now & ~right[best])
-    if more and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001:
+    if _is_no_chance(more, fewer):
         print(
             f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
             f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
@@ -3764,6 +3762,13 @@ def _logits_by_pixels(network, photos):
         pieces = [seen[k : k + PHOTOS_AT_ONCE] for k in range(0, len(photos), PHOTOS_AT_ONCE)]
         found[pixels] = np.concatenate([logits_of(piece).numpy() for piece in pieces])
     return found
+
+
+def _is_no_chance(more, fewer):
+    """Whether a sign test takes it for no chance that so many of more + fewer differ one way."""
+    from scipy.stats import binomtest  # which takes a second to load
+
+    return more > fewer and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001
 
 
 def _two_highest(logits):

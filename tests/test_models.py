@@ -269,7 +269,10 @@ def test_logits_get_a_softmax_and_a_sigmoid_gets_its_second_class():
 )
 def test_a_softmax_is_not_applied_again_whatever_follows_it(head):
     model = headed(*head())
-    np.testing.assert_allclose(probabilities(model, photos()), model(photos()), atol=1e-6)
+    network = study.Network(model)
+    np.testing.assert_allclose(network.probabilities(photos()), model(photos()), atol=1e-6)
+    # Of the last one only the outputs tell that they are probabilities.
+    assert ("adds up to 1" in network.remark) == model.operations[-1].name.startswith("sum")
 
 
 def of_three(shares):
@@ -563,8 +566,8 @@ def test_the_layer_of_convnext_is_found_again(tmp_path):
     x = scale(0.5, 4)(layers.Conv2D(4, 3)(photo))
     head = layers.Dense(2, activation="softmax")
     model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(x)))
-    model.save(tmp_path / "scaled.keras")
-    loaded = study.load_model(tmp_path / "scaled.keras", 16)
+    model.save(tmp_path / "scaled.h5")
+    loaded = study.load_model(tmp_path / "scaled.h5", 16)
     ours, expected = (it(photos(), training=False) for it in (loaded, model))
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -690,6 +693,17 @@ def test_a_model_that_is_fed_other_pixels_than_it_was_trained_on_is_told(
         else:
             assert "my.keras gets 48 of 48 test photos right" in told and f"and {right} on" in told
             assert told.endswith(f": add --pixels {pixels}\n")
+
+
+def test_a_few_photos_more_that_are_right_are_taken_for_chance(dark_and_bright, capsys):
+    paths, _ = dark_and_bright
+    # The right pixels get 14 + 14 photos right, the wrong ones, which are all bright, 24.
+    labels = [0] * 14 + [1] * 10 + [0] * 10 + [1] * 14
+    network = study.Network(brightness_model("0..1"))
+    survey = study.survey_photos(network, paths, labels, ["dark", "bright"])
+    assert survey.evaluation.correct.sum() == 24
+    study.warn_of_pixels(survey, "my.keras", "--pixels {}")
+    assert "test photos right" not in capsys.readouterr().out
 
 
 def test_without_labels_only_what_saturates_is_told(dark_and_bright, capsys):
