@@ -488,6 +488,45 @@ def test_a_checkpoint_is_an_ordinary_keras_model_that_carries_its_history(split_
         assert record["history"] == {name: it[:epoch] for name, it in checkpoints.history.items()}
 
 
+def trained_on(chosen, folder, tmp_path, balance):
+    """The weights of a small model after four steps on all of some photos, (class, number) each."""
+    paths = [folder / "train" / CLASSES[label] / f"{number}.jpg" for label, number in chosen]
+    labels = [label for label, _ in chosen]
+    batches = study.PhotoBatches(paths, labels, 2, study.photo_reader((32, 32)), batch_size=8)
+    keras.utils.set_random_seed(0)
+    model = small_model(class_count=2)
+    checkpoints = study.Checkpoints(tmp_path / f"{len(chosen)}{balance}", {})
+    phase = study.Phase("scratch", 0, 4, "none", 1e-3, cosine=False)
+    study.train(model, dict.fromkeys(study.SPLITS, batches), [phase], checkpoints, balance)
+    return np.concatenate([weight.ravel() for weight in model.get_weights()])
+
+
+def test_balanced_a_photo_of_twice_the_weight_teaches_what_the_same_photo_twice_does(
+    split_flowers, tmp_path
+):
+    daisy, roses = (0, 0), [(1, 0), (1, 1)]
+    balanced = trained_on([daisy, *roses], split_flowers, tmp_path, True)
+    twice = trained_on([daisy, daisy, *roses], split_flowers, tmp_path, False)
+    unlike = trained_on([daisy, *roses], split_flowers, tmp_path, False)
+    np.testing.assert_allclose(balanced, twice, atol=2e-5)
+    assert np.abs(unlike - twice).max() > 5e-4
+
+
+@pytest.mark.parametrize(("more", "told"), [((), "--balance lets"), (("--balance",), "weighed")])
+def test_classes_of_unlike_size_are_told_before_training(
+    more, told, split_flowers, tmp_path, capsys
+):
+    data = tmp_path / "data"
+    shutil.copytree(split_flowers, data)
+    for number in range(3, 8):
+        (data / "train" / "tulip" / f"{number}.jpg").unlink()
+    options = options_of(data, tmp_path, *ONE_EPOCH, *more)
+    _, _, _, record = study.train_and_save(options, build=one_channel)
+    before_training, _, _ = capsys.readouterr().out.partition("Phase")
+    assert "8 of daisy, 3 of tulip" in before_training and told in before_training
+    assert record["settings"]["balance"] == bool(more)
+
+
 ONE_EPOCH = ("--epochs", 1, "--weights", "none", "--batch-size", 24)
 
 
@@ -846,7 +885,7 @@ EVALUATION = study.Evaluation(CLASSES, LABELS, PROBABILITIES)
 def test_the_metrics_of_ten_photos_are_what_one_counts_by_hand():
     # Daisy is said four times, of which two are daisies; of the four daisies two are found.
     # Rose is said six times, of which four are roses; of the five roses four are found.
-    assert EVALUATION.predicted.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert EVALUATION.predicted.argmax(1).tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
     # Rows are true classes, columns predicted ones.
     assert EVALUATION.confusion.tolist() == [[2, 2, 0], [1, 4, 0], [1, 0, 0]]
     np.testing.assert_allclose(EVALUATION.precision, [2 / 4, 4 / 6, np.nan])
@@ -858,6 +897,61 @@ def test_the_metrics_of_ten_photos_are_what_one_counts_by_hand():
     assert EVALUATION.chance == pytest.approx(0.5 + 2 * 0.158114, rel=1e-5)
     absent = study.Evaluation(CLASSES, np.array([0, 1]), np.eye(3)[[0, 1]])
     assert np.isnan(absent.recall[2]) and np.isnan(absent.precision[2])
+
+
+def wilson(right, count):
+    """Wilson's interval of a share at 95 %, by his formula (1927)."""
+    z, share = 1.959964, right / count
+    middle = share + z**2 / (2 * count)
+    reach = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return [(middle + sign * reach) / (1 + z**2 / count) for sign in (-1, 1)]
+
+
+def test_the_accuracy_comes_with_how_sure_it_is_and_balanced_where_sizes_differ():
+    labels = np.repeat([0, 1], [100, 70])
+    predicted = np.where(np.arange(170) < 8, 1 - labels, labels)
+    evaluation = study.Evaluation(CLASSES[:2], labels, np.eye(2)[predicted])
+    np.testing.assert_allclose(evaluation.accuracy_interval, wilson(162, 170), atol=1e-6)
+    # (0.953 + 0.0113 ± 1.96 · √(0.0448 / 170 + 0.0000332)) / 1.0226
+    assert study.accuracy_text(evaluation) == "95 % of 170 test photos (91 to 98 %)"
+    # Of the ten photos two of four, four of five and none of one are right: 60 %, and a mean of
+    # (0.5 + 0.8 + 0) / 3.
+    assert EVALUATION.balanced_accuracy == pytest.approx(1.3 / 3)
+    assert "60 % of 10" in study.accuracy_text(EVALUATION)
+    assert study.accuracy_text(EVALUATION) in study.evaluation_report(EVALUATION)
+    assert "43 %" in study.accuracy_text(EVALUATION)
+
+
+SEVERAL = study.Evaluation(
+    CLASSES,
+    np.array([0, 0, 1, 1, 2]),
+    np.array([[0.9, 0.7, 0.1], [0.4, 0.6, 0.1], [0.2, 0.8, 0.1], [0.1, 0.5, 0.9], [0.1, 0.2, 0.3]]),
+    is_multi_label=True,
+)
+
+
+def test_of_several_sigmoids_each_class_is_judged_by_itself():
+    # From 0.5 up: daisy and rose, rose, rose, rose and tulip, none.
+    assert SEVERAL.confusion.tolist() == [[1, 2, 0], [0, 2, 1], [0, 0, 0]]
+    np.testing.assert_allclose(SEVERAL.precision, [1 / 1, 2 / 4, 0 / 1])
+    np.testing.assert_allclose(SEVERAL.recall, [1 / 2, 2 / 2, 0 / 1])
+    true = np.eye(3)[SEVERAL.labels]
+    losses = -np.log(np.where(true == 1, SEVERAL.probabilities, 1 - SEVERAL.probabilities))
+    assert SEVERAL.loss == pytest.approx(losses.mean(), rel=1e-5)
+    report = study.evaluation_report(SEVERAL)
+    of_class = {line.split()[0]: line.split()[1:] for line in report.splitlines()[1:]}
+    assert of_class["rose"] == ["0.50", "1.00", "2"] and of_class["daisy"] == ["1.00", "0.50", "2"]
+    for meaningless in ("accuracy", "confused", "chance"):
+        assert meaningless not in report
+    # The misses come first after the surest hit, the least probable true class first.
+    assert study.example_order(SEVERAL)[:3] == [0, 4, 1]
+
+
+def test_what_is_said_of_a_photo_need_not_add_up_to_one():
+    said = study.verdict(CLASSES, np.array([0.74, 0.91, 0.2]), None, is_multi_label=True)
+    assert said == "It says rose 91 % and daisy 74 %"
+    said = study.verdict(CLASSES, np.array([0.3, 0.1, 0.2]), 2, is_multi_label=True)
+    assert "none" in said and "daisy, 30 %" in said and "its class is tulip, 20 %" in said
 
 
 def test_the_report_holds_the_metrics_in_the_lines_of_their_classes():
