@@ -4,18 +4,21 @@
     python model_training_and_visualization.py
 
 The chapter follows a run: 1 photos, 2 model, 3 training, 4 evaluation, 5 activation grids, 6 filter
-patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 everything drawn. The workshop behind it
-holds the tools, and may be skipped. Three techniques work on their own, for any functional or
-Sequential Keras classifier that takes 0–255 RGB, and return arrays:
+patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 concepts, 10 everything drawn. The workshop
+behind it holds the tools, and may be skipped. Four techniques work on their own, for any functional
+or Sequential Keras classifier that takes 0–255 RGB, and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
     filter_patterns(model, "conv2d_39", range(64))
     grad_cam(model, photo, "mixed10", class_index=2)
+    concepts(model, photos)
 """
 
 import argparse
 import base64
 import contextlib
+import hashlib
+import http.client
 import importlib
 import inspect
 import io
@@ -24,13 +27,15 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -62,6 +67,11 @@ AUGMENTATION = {
     "height_shift_range": 0.2,
     "horizontal_flip": True,
 }
+DEFAULTS = {"weights": "imagenet", "image_size": 299, "batch_size": 32, "epochs": 10}
+# --quick: at 235 pixels a heatmap has 6 × 6 positions; with 5 × 5 of them, at 203 pixels, it was no
+# better than a guess at the middle of the photo. From scratch it takes more epochs.
+QUICK = {"weights": "imagenet", "image_size": 235, "batch_size": 16, "epochs": 2}
+QUICK_FROM_SCRATCH = {"weights": "none", "image_size": 139, "batch_size": 16, "epochs": 8}
 # In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
 GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
@@ -76,6 +86,7 @@ def main(options, build=None, **pattern_settings):
     blocks. pattern_settings: see draw_survey.
     """
     prepare_libraries()
+    tell_of_unused_gpu(tf.config.list_physical_devices("GPU"))
     require_writable(options.output)
     require_photos(options.photos)
     if options.skip_training:
@@ -85,7 +96,7 @@ def main(options, build=None, **pattern_settings):
     try:
         photos, labels = photos_and_labels(options.photos, test)
         read = test.read if test else None
-        survey = survey_photos(Network(model), photos, labels, class_names, read)
+        survey = survey_photos(Network(model), photos, labels, class_names, read, options.seed)
         report(survey, options)
         command = pasteable("python", *without_folders(sys.argv))
         draw_survey(survey, options.output, record, command, options.seed, **pattern_settings)
@@ -118,7 +129,16 @@ def parse_options(words=None):
         metavar="FILE",
         help="where the model is saved, or drawn from (default: inceptionv3.keras)",
     )
-    add("--skip-training", action="store_true", help="draw from the saved model in --model")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look in minutes: smaller photos, fewer epochs, from scratch where ImageNet's "
+        "weights cannot be had",
+    )
+    way.add_argument(
+        "--skip-training", action="store_true", help="draw from the saved model in --model"
+    )
     add(
         "--photos",
         type=Path,
@@ -129,16 +149,14 @@ def parse_options(words=None):
     )
     add(
         "--weights",
-        default="imagenet",
         metavar="START",
         help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
     )
-    add("--epochs", type=int, default=10, metavar="N", help="of all phases (default: 10)")
-    add("--batch-size", type=int, default=32, metavar="N", help="photos a step (default: 32)")
+    add("--epochs", type=int, metavar="N", help="of all phases (default: 10)")
+    add("--batch-size", type=int, metavar="N", help="photos a step (default: 32)")
     add(
         "--image-size",
         type=int,
-        default=299,
         metavar="N",
         help="side of the model's square input, if the model leaves it open (default: 299)",
     )
@@ -161,7 +179,13 @@ def parse_options(words=None):
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
     _check_options(parser, options)
-    return options
+    return options if options.quick else completed(options, DEFAULTS)
+
+
+def completed(options, settings):
+    """The options, with these settings where nothing was given."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**vars(options) | settings | given)
 
 
 def _check_options(parser, options):
@@ -186,6 +210,50 @@ def _check_options(parser, options):
         parser.error(f"argument --model: {file} is a folder; name a file")
 
 
+# TensorFlow writes these when it is loaded, whatever its settings say, and they mean nothing here.
+START_UP_LINES = (
+    "WARNING: All log messages before absl::InitializeLog",
+    "oneDNN custom operations are on",
+    "Could not find cuda drivers on your machine",
+)
+KEEPER = """
+import os, sys
+text = b""
+while not text.endswith(b"\\0"):
+    part = os.read(0, 65536)
+    if not part:  # the other side has crashed
+        break
+    text += part
+known = [words.encode() for words in sys.argv[1:]]
+lines = text.removesuffix(b"\\0").splitlines(keepends=True)
+harmless = all(any(words in line for words in known) for line in lines)
+if not (text.endswith(b"\\0") and harmless):
+    os.write(2, b"".join(lines))
+"""
+
+
+@contextlib.contextmanager
+def without_lines(known):
+    """Keep what comes on the standard error, and pass it on whole unless every line is known.
+
+    known: words, of which each line that is known holds some. Another process keeps the text, so
+    that it comes even if this one crashes, as TensorFlow does on a processor that it cannot use.
+    """
+    command = [sys.executable, "-I", "-S", "-c", KEEPER, *known]
+    # A session of its own, as Ctrl-C would end it too.
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    stderr = os.dup(2)
+    os.dup2(keeper.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        keeper.communicate(b"\0")
+
+
+@without_lines(START_UP_LINES)
 def _load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
@@ -224,6 +292,7 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 import rich.progress
+import scipy.sparse.linalg
 import tensorflow as tf
 from keras import layers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -430,13 +499,12 @@ def build_model(class_count, image_size, weights):
 
 def _backbone(scaled, weights):
     """InceptionV3 without its top on scaled photos, with the weights that build_model is given."""
-    inception = partial(keras.applications.InceptionV3, include_top=False, input_tensor=scaled)
     if weights == "imagenet":
         try:
-            return inception(weights="imagenet")  # which Keras downloads once
-        except Exception as error:  # a bare Exception where Keras cannot reach the address
-            raise Stop(_imagenet_failure(), exit_code=1) from error
-    base = inception(weights=None)
+            weights = imagenet_weights()
+        except OSError as error:
+            raise Stop(_imagenet_failure(error), exit_code=1) from error
+    base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
     if weights != "none":
         return load_backbone_weights(base, Path(weights))
     if base.output.shape[1] < FEWEST_POSITIONS:
@@ -444,14 +512,12 @@ def _backbone(scaled, weights):
     return base
 
 
-def _imagenet_failure():
-    """The message where ImageNet's weights cannot be fetched: the address, and other choices."""
-    address = sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
-    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-    file = home / "models" / address.rpartition("/")[2]
+def _imagenet_failure(error):
+    """The message where ImageNet's weights cannot be fetched: where from, why, other choices."""
+    address = imagenet_address()
     return (
-        f"ImageNet's weights cannot be fetched from {address}\n"
-        f"Put that file by hand at {printable(file)},\n"
+        f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
+        f"Put that file by hand at {printable(cached_file(address))},\n"
         "or start from a file with --weights FILE, or from scratch with --weights none."
     )
 
@@ -647,6 +713,8 @@ def train_and_save(options, build=build_model):
     """Train, and save the model of the best epoch. Returns what open_saved returns."""
     require_writable(options.model.parent)
     require_whole_split(options.data)
+    if options.quick:
+        options = quick_options(options)
     size = (options.image_size, options.image_size)
     splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
     phases = training_phases(
@@ -1232,8 +1300,7 @@ EXAMPLE_PATCHES = 5
 PATCH_SIDE = 160  # pixels, also of the pattern beside it
 
 
-@dataclass(frozen=True)
-class Peaks:
+class Peaks(NamedTuple):
     """Where in each of n photos the filters of a layer fire most."""
 
     values: np.ndarray  # (n, filters), the highest activation
@@ -1279,12 +1346,7 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     start = np.floor((middle - reach) * to_photo + 1e-6).astype(int).clip(0)
     end = np.ceil((middle + reach) * to_photo - 1e-6).astype(int).clip(start + 1)
     seen = photo[start[0] : end[0], start[1] : end[1]]
-    height, width = np.maximum(1, np.round(side / max(seen.shape) * np.array(seen.shape[:2])))
-    seen = cv2.resize(seen, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-    patch = np.full((side, side, 3), BACKGROUND, "uint8")
-    top, left = (side - seen.shape[0]) // 2, (side - seen.shape[1]) // 2
-    patch[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
-    return patch
+    return in_square(seen, side)
 
 
 def draw_examples(output, network, patterns, peaks, paths):
@@ -1304,15 +1366,15 @@ def draw_examples(output, network, patterns, peaks, paths):
         for k in top_photos(peaks, number):
             photo, position = read_photo(paths[k]), peaks.positions[k, number]
             patch = cut_patch(photo, network.input_size, field, position)
-            patches.append((patch, float(peaks.values[k, number])))
-        rows.append(patches)
+            patches.append((patch, f"{peaks.values[k, number]:.2f}"))
+        rows.append([(patterns.pictures[number], ""), *patches])
     caption = (
         f"What fires {convolution}: {len(filters)} of its {convolution.channels} filters, the most "
         f"selective first\nnumber, pattern, and the patches of {len(paths)} photos that "
         "fire it most, with the activation"
     )
     file = f"conv2d_{convolution.number}_examples.jpg"
-    save_examples(output / file, filters, patterns.pictures[filters], rows, caption)
+    save_rows(output / file, [str(number) for number in filters], rows, caption)
     return [Picture(file, caption)]
 
 
@@ -1352,18 +1414,32 @@ def uncut_grad_cam(forward, inputs, classes):
     forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
     or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
     """
+    found = channel_weights(forward, inputs, classes)
+    return [weighted_sum(feature_maps, weights) for feature_maps, weights in found]
+
+
+def channel_weights(forward, inputs, classes):
+    """Grad-CAM's weights of the channels, for k classes of n photos: for each layer a pair.
+
+    Its feature maps (n, h, w, channels), and (n, k, channels), how much each channel raises the
+    logit: its gradient's mean over the positions. The arguments are those of uncut_grad_cam.
+    """
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(inputs)
         *features, logits = forward(inputs)
         # A photo changes only its own logit, so the gradient of the sum is each photo's own.
         sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
-    uncut = [[] for _ in features]
+    weights = [[] for _ in features]
     for logit_sum in sums:
         gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
-        for of_layer, feature_maps, gradient in zip(uncut, features, gradients, strict=True):
-            weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
-            of_layer.append(tf.reduce_sum(weights * feature_maps, axis=-1).numpy())
-    return [np.stack(of_layer, axis=1) for of_layer in uncut]
+        for of_layer, gradient in zip(weights, gradients, strict=True):
+            of_layer.append(tf.reduce_mean(gradient, axis=(1, 2)).numpy())
+    return [(features[k], np.stack(of_layer, axis=1)) for k, of_layer in enumerate(weights)]
+
+
+def weighted_sum(feature_maps, weights):
+    """Feature maps (n, h, w, channels) summed with (n, k, channels) weights: (n, k, h, w)."""
+    return tf.einsum("nhwc,nkc->nkhw", feature_maps, weights).numpy()
 
 
 def place_heatmap(heatmap, field, size):
@@ -1638,7 +1714,299 @@ def draw_mistakes(output, network, explanations):
     return [Picture("CAM_mistakes.jpg", caption)]
 
 
-# ---- 9. Everything drawn -------------------------------------------------------------------------
+# ---- 9. Concepts: what the evidence for a class is made of ---------------------------------------
+# A heatmap tells where something speaks for a class, not what it is. Single channels do not tell
+# either, as hundreds of them share the work. But they fire in company: at each position the
+# channels of the last layer are nearly a sum of a few *concepts*, each a set of channels that fire
+# together, such as a white seed ball or the whorl of a rose. Non-negative matrix factorization
+# finds them ("The Building Blocks of Interpretability", Olah et al., 2018; CRAFT, Fel et al.,
+# 2023). What a concept adds to the logit of a class is its share, in which Grad-CAM's sum over the
+# positions falls apart.
+
+CONCEPT_COUNTS = (6, 10, 16, 24)  # the first of these that keeps CONCEPTS_KEEP is taken
+CONCEPTS_KEEP = 0.95  # of the photos must keep their predicted class on the concepts alone
+CONCEPT_PHOTOS = 300  # in which concepts are looked for, chosen by seed
+FACTORIZATION_STEPS = 15  # more explain hardly more
+CONCEPTS_A_CLASS = 3  # drawn, the strongest ones
+CONCEPTS_A_PHOTO = 4
+CLASSES_DRAWN = 10  # at most, on the sheet of concepts
+SMALLEST_PART = 0.05  # of what speaks for a class: what makes up less is not named
+CONCEPT_EXAMPLES = 5  # photos beside a concept that hold most of it
+DARKEST = 0.15  # brightness of a photo where a concept does not lie
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What the feature maps of a layer are made of, the strongest concept first."""
+
+    vectors: np.ndarray  # (k, channels) float32 >= 0, of length 1
+    maps: np.ndarray  # (n, h, w, k) float32 >= 0: how strong each is in the photos it was found in
+    explained: float  # share of the activations' squares that the sum of the concepts makes up
+    kept: float  # share of the photos whose predicted class the sum alone keeps
+
+
+def concepts(model, photos, count=None):
+    """The Concepts of a model in these photos.
+
+    model: a Keras model or a Network. photos: (height, width, 3) RGB each, 0–255, of any size.
+    count: how many; without it the fewest of CONCEPT_COUNTS that are true to CONCEPTS_KEEP.
+    """
+    network = network_of(model)
+    layer = [network.heatmap_layer]
+    found = [network.activations(network.as_batch(photo), layer)[0] for photo in photos]
+    return factorize(network, np.concatenate(found), count)
+
+
+def factorize(network, feature_maps, count=None):
+    """The Concepts in feature maps (n, h, w, channels) of the network's last layer with positions.
+
+    What is negative in them is left out. There are no concepts where that leaves nothing.
+    """
+    activations = np.maximum(0, feature_maps).reshape(-1, feature_maps.shape[-1])
+    most = min(activations.shape) - 1
+    if most < 1 or not activations.any():
+        nothing = np.zeros((0, feature_maps.shape[-1]), "float32")
+        return Concepts(nothing, feature_maps @ nothing.T, explained=0.0, kept=0.0)
+    counts = sorted({min(it, most) for it in ([count] if count else CONCEPT_COUNTS)})
+    start = _singular_vectors(activations, counts[-1])
+    predicted = _logits_of(network, feature_maps).argmax(1)
+    for count in counts:
+        vectors = _non_negative_factor(activations, *(it[:count] for it in start))
+        maps = concept_maps(feature_maps, vectors)
+        sums = maps @ vectors
+        kept = np.mean(_logits_of(network, sums).argmax(1) == predicted)
+        if kept >= CONCEPTS_KEEP:
+            break
+    order = np.argsort(-maps.sum((0, 1, 2)), kind="stable")
+    missing = np.sum((feature_maps - sums) ** 2) / np.sum(feature_maps**2)
+    return Concepts(vectors[order], maps[..., order], float(1 - missing), float(kept))
+
+
+def concept_maps(feature_maps, vectors, steps=30):
+    """How strong each concept is at each position: (n, h, w, k) float32 >= 0.
+
+    The non-negative sum of the (k, channels) vectors that is nearest to feature maps
+    (n, h, w, channels), found one concept after the other.
+    """
+    products, overlaps = feature_maps @ vectors.T, vectors @ vectors.T
+    maps = np.maximum(0, products)
+    for _ in range(steps):
+        _improve(maps, products, overlaps)
+    return maps
+
+
+def _non_negative_factor(activations, left, right):
+    """The (k, channels) vectors of length 1 of which (n, channels) activations are sums.
+
+    left: (k, n) and right: (k, channels), how to start. Alternating least squares, one concept
+    after the other (HALS, Cichocki and Phan, 2009), which get as far in ten steps as the usual
+    multiplicative updates in sixty.
+    """
+    weights, vectors = left.T.copy(), right.T.copy()
+    for _ in range(FACTORIZATION_STEPS):
+        _improve(weights, activations @ vectors, vectors.T @ vectors)
+        _improve(vectors, activations.T @ weights, weights.T @ weights)
+        lengths = np.linalg.norm(vectors, axis=0).clip(1e-12)
+        vectors /= lengths
+        weights *= lengths
+    return vectors.T
+
+
+def _improve(weights, products, overlaps):
+    """A step of least squares: each column of (…, k) weights in turn takes its best value >= 0."""
+    for k in range(len(overlaps)):
+        missing = products[..., k] - weights @ overlaps[k]
+        weights[..., k] += missing / max(overlaps[k, k], 1e-12)
+        np.maximum(0, weights[..., k], out=weights[..., k])
+
+
+def _singular_vectors(activations, count):
+    """Non-negative (count, n) and (count, channels) to start from.
+
+    Of each of the first singular pairs the part, positive or negative, that holds more (NNDSVD,
+    Boutsidis and Gallopoulos, 2008).
+    """
+    same_start = np.ones(min(activations.shape), "float32")
+    left, strengths, right = scipy.sparse.linalg.svds(activations, count, v0=same_start)
+    pairs = []
+    for column, strength, row in zip(left.T[::-1], strengths[::-1], right[::-1], strict=True):
+        of_signs = [(np.maximum(0, sign * column), np.maximum(0, sign * row)) for sign in (1, -1)]
+        lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in of_signs]
+        better = int(lengths[1] > lengths[0])
+        one, other = of_signs[better]
+        # A little everywhere: what is 0 is so for no reason that would last.
+        pairs.append((strength * one + 1e-6, other + 1e-6))
+    return tuple(np.stack(parts).astype("float32") for parts in zip(*pairs, strict=True))
+
+
+def _logits_of(network, feature_maps):
+    """The logits (n, classes) of feature maps (n, h, w, channels) of the last layer."""
+    feature_maps = tf.constant(feature_maps)
+    (logits,) = network.compute(feature_maps, [LOGITS], start=network.heatmap_layer)
+    return logits.numpy()
+
+
+def concept_shares(model, photo, found, class_index):
+    """What each of the found Concepts adds to the logit of a class on a photo, and the rest.
+
+    Returns (k,) float32 shares, in units of the logit, and the share of what no concept makes up:
+    together they are the sum of the uncut Grad-CAM heatmap. Where the features go through a mean
+    and one Dense layer, they are the logit without its bias.
+    """
+    network = network_of(model)
+    last = network.heatmap_layer
+    forward = partial(network.compute, names=[last, LOGITS])
+    classes = np.array([[class_index]])
+    ((feature_maps, weights),) = channel_weights(forward, network.as_batch(photo), classes)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    shares = _shares_of_classes(weights, found.vectors, maps)[0, 0]
+    whole = np.sum(weights[0, 0] * feature_maps.numpy().sum((0, 1, 2)))
+    return shares, float(whole - shares.sum())
+
+
+def _shares_of_classes(weights, vectors, maps):
+    """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
+    return weights @ vectors.T * maps.sum((1, 2))[:, None]
+
+
+def parts_of_evidence(shares, whole):
+    """What part of all that speaks for a class each share, (k,), makes up; below 0: against it.
+
+    whole: the sum of the uncut heatmap. What no concept makes up is a share too.
+    """
+    rest = whole - shares.sum()
+    return shares / max(np.maximum(0, [*shares, rest]).sum(), 1e-12)
+
+
+def logit_falls(network, feature_maps, found, concept, class_index):
+    """(n,) how far a class's logit falls without a concept in feature maps (n, h, w, channels)."""
+    maps = concept_maps(feature_maps, found.vectors)
+    without = feature_maps - maps[..., concept, None] * found.vectors[concept]
+    falls = _logits_of(network, feature_maps) - _logits_of(network, without)
+    return falls[:, class_index]
+
+
+class ClassConcept(NamedTuple):
+    """A concept in the photos of a class, on average."""
+
+    concept: int
+    part: float  # of all that speaks for the class
+    fall: float  # of the class's logit without the concept
+
+
+def class_concepts(survey, class_index):
+    """The ClassConcepts of a class, the strongest first: up to CONCEPTS_A_CLASS.
+
+    Those that make up less than SMALLEST_PART are left out.
+    """
+    photos = np.flatnonzero(survey.class_indices == class_index)
+    of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
+    if not len(of_sample):
+        return []
+    place = np.argmax(survey.classes[photos] == class_index, axis=1)
+    shares = survey.concept_shares[photos, place].mean(0)
+    parts = parts_of_evidence(shares, survey.uncut[photos, place].sum((1, 2)).mean())
+    strongest = [int(k) for k in most_probable(parts) if parts[k] >= SMALLEST_PART]
+    falls = partial(logit_falls, survey.network, of_sample, survey.concepts)
+    return [
+        ClassConcept(k, float(parts[k]), float(falls(concept=k, class_index=class_index).mean()))
+        for k in strongest[:CONCEPTS_A_CLASS]
+    ]
+
+
+def photos_of_concept(survey, concept):
+    """Numbers of the CONCEPT_EXAMPLES photos that hold most of a concept, strongest first."""
+    held = survey.concept_maps[..., concept].sum((1, 2))
+    ranking = np.argsort(-held, kind="stable")[:CONCEPT_EXAMPLES]
+    return [int(k) for k in ranking if held[k] > 0.01 * held.max()]
+
+
+def draw_concepts(output, survey):
+    """Draw for each class its strongest concepts, and the photos that hold most of each: [Picture].
+
+    Nothing is drawn where there are none.
+    """
+    labels, rows = [], []
+    for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN]:
+        name = printable(survey.class_names[class_index])
+        for concept, part, fall in class_concepts(survey, class_index):
+            labels.append(f"{name}\nconcept {concept}\n{percent(part)}\nlogit {-fall:+.1f}")
+            rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
+    if not rows:
+        return []
+    caption = (
+        "What speaks for each class: its strongest concepts, each in the photos that hold most\n"
+        "concept, its part of all that speaks for the class, the change of the logit without it\n"
+        f"{concept_truth(survey.concepts)}"
+    )
+    save_rows(output / "concepts.jpg", labels, rows, caption)
+    return [Picture("concepts.jpg", caption)]
+
+
+def concept_truth(found):
+    """How far the concepts stand for the model, in words."""
+    count, photos = found.maps.shape[-1], len(found.maps)
+    alone = f"with them alone {percent(found.kept)} of {photos} photos keep their class"
+    warning = "" if found.kept >= CONCEPTS_KEEP else ", so they tell only a part"
+    return f"{count} concepts; {alone}{warning}"
+
+
+def draw_evidence(output, survey, number):
+    """Draw what the evidence for a photo's class is made of, and where it is known from: [Picture].
+
+    number: of the photo. Of a mistake also for the true class. Nothing is drawn without concepts.
+    """
+    predicted, label = int(survey.probabilities[number].argmax()), int(survey.labels[number])
+    shown = [predicted] if label in (-1, predicted) else [predicted, label]
+    strongest = {class_index: evidence(survey, number, class_index) for class_index in shown}
+    if not strongest[predicted]:
+        return []
+    labels, rows = ["the photo"], [[(in_square(read_photo(survey.paths[number]), PATCH_SIDE), "")]]
+    for class_index, concepts_of_class in strongest.items():
+        for concept, part in concepts_of_class:
+            name = printable(survey.class_names[class_index])
+            labels.append(f"for {name}\nconcept {concept}\n{percent(part)}")
+            known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
+            here, _ = _lit(survey, number, concept)
+            rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
+    (concept, part), *_ = strongest[predicted]
+    says = printable(survey.class_names[predicted])
+    caption = (
+        f"{survey.name(number)}: it says {says}, as {percent(part)} of what speaks for {says} is "
+        f"concept {concept}\n"
+        "where each concept lies in this photo, and in those that hold most of it\n"
+        f"{concept_truth(survey.concepts)}"
+    )
+    save_rows(output / "CAM_concepts.jpg", labels, rows, caption)
+    return [Picture("CAM_concepts.jpg", caption)]
+
+
+def evidence(survey, number, class_index):
+    """[(concept, part of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
+
+    The strongest comes first; what makes up less than SMALLEST_PART is left out. The class is one
+    of those that have a heatmap.
+    """
+    place = survey.classes[number].tolist().index(class_index)
+    shares, whole = survey.concept_shares[number, place], survey.uncut[number, place].sum()
+    parts = parts_of_evidence(shares, whole)
+    ranking = most_probable(parts)[:CONCEPTS_A_PHOTO]
+    return [(int(k), float(parts[k])) for k in ranking if parts[k] >= SMALLEST_PART]
+
+
+def _lit(survey, number, concept):
+    """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
+    photo, heatmap = read_photo(survey.paths[number]), survey.concept_maps[number, ..., concept]
+    network = survey.network
+    field = network.receptive_fields[network.heatmap_layer]
+    light = place_heatmap(heatmap / (heatmap.max() or 1), field, network.input_size)
+    light = cv2.resize(light, photo.shape[1::-1])[..., None]
+    square = in_square((photo * (DARKEST + (1 - DARKEST) * light)).astype("uint8"), PATCH_SIDE)
+    label = survey.labels[number]
+    return square, survey.name(number) if label < 0 else printable(survey.class_names[label])
+
+
+# ---- 10. Everything drawn ------------------------------------------------------------------------
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
@@ -1648,7 +2016,7 @@ EXAMPLES_SHOWN = 3  # of these, in a picture of their own each, where there are 
 PHOTOS_AT_ONCE = 32  # in the survey
 
 
-def draw(model, photos, class_names, output, labels=None, **settings):
+def draw(model, photos, class_names, output, labels=None, seed=0, **settings):
     """Draw every picture, and the page that shows them, into the folder `output`.
 
     model: a Keras model or a Network. photos: paths. labels: the true class index of each photo, or
@@ -1656,8 +2024,8 @@ def draw(model, photos, class_names, output, labels=None, **settings):
     are all explained; only where there are none, examples of the others take their place.
     settings: see draw_survey. Raises Stop, naming what the model lacks.
     """
-    survey = survey_photos(network_of(model), photos, labels, class_names)
-    draw_survey(survey, output, **settings)
+    survey = survey_photos(network_of(model), photos, labels, class_names, seed=seed)
+    draw_survey(survey, output, seed=seed, **settings)
 
 
 @dataclass(frozen=True)
@@ -1676,7 +2044,17 @@ class Survey:
     probabilities: np.ndarray  # (n, classes)
     classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
     uncut: np.ndarray  # (n, k, h, w) uncut Grad-CAM at the model's last layer with positions
+    concepts: Concepts  # found in the sample
+    concept_maps: np.ndarray  # (n, h, w, concepts) how strong each is
+    concept_shares: np.ndarray  # (n, k, concepts) what each adds to the logits of these classes
+    sample: np.ndarray  # the numbers of up to CONCEPT_PHOTOS photos
+    sample_features: np.ndarray  # (sample, h, w, channels), at that last layer
     peaks: dict  # {layer: Peaks of its first filters}
+
+    @cached_property
+    def class_indices(self):
+        """(n,) the true class of each photo, or where that is not known the predicted one."""
+        return np.where(self.labels < 0, self.probabilities.argmax(1), self.labels)
 
     @cached_property
     def own_count(self):
@@ -1697,8 +2075,11 @@ class Survey:
         return printable("/".join(parts))
 
 
-def survey_photos(network, photos, labels, class_names, read=None):
-    """The Survey of photos, given as in draw. read: a photo_reader of the network's size."""
+def survey_photos(network, photos, labels, class_names, read=None, seed=0):
+    """The Survey of photos, given as in draw. read: a photo_reader of the network's size.
+
+    seed: chooses the photos in which concepts are looked for.
+    """
     read = read or photo_reader(network.input_size)
     labels = [None] * len(photos) if labels is None else labels
     labels = np.array([-1 if label is None else label for label in labels], int)
@@ -1707,28 +2088,70 @@ def survey_photos(network, photos, labels, class_names, read=None):
     chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
     layer_names = [convolution.activation for convolution in chosen]
     extract = _traced_extractor(network, layer_names)
+
+    def features_and_peaks(numbers):
+        pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
+        feature_maps, *activations = extract(pixels)
+        peaks = map(_peaks_of, activations)
+        return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
+
+    # The sample comes first: concepts are found in the features of all its photos.
+    sample = _concept_sample(labels, seed)
+    others = np.setdiff1d(np.arange(len(paths)), sample)
+    kept = [features_and_peaks(numbers) for numbers in _batches(sample)]
+    sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
+    found = factorize(network, sample_features)
+    surveyed = []
+    for numbers in [*_batches(sample), *_batches(others)]:
+        feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
+        of_batch = _look(network, feature_maps, labels[numbers], found)
+        surveyed.append(of_batch | {"peaks": peaks})
+    back = np.argsort(np.concatenate([sample, others]))
+    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
+    return Survey(
+        network,
+        class_names,
+        paths,
+        read,
+        labels,
+        concepts=found,
+        sample=sample,
+        sample_features=sample_features,
+        **joined,
+    )
+
+
+def _concept_sample(labels, seed):
+    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
+    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
+    return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
+
+
+def _batches(numbers):
+    return [numbers[k : k + PHOTOS_AT_ONCE] for k in range(0, len(numbers), PHOTOS_AT_ONCE)]
+
+
+def _look(network, feature_maps, labels, found):
+    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
     # From the last layer with positions on, which is handed through: nothing before it need be
     # computed again.
     last = network.heatmap_layer
     from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    found = []
-    for start in range(0, len(paths), PHOTOS_AT_ONCE):
-        some = slice(start, start + PHOTOS_AT_ONCE)
-        pixels = np.stack([read(path) for path in paths[some]]).astype("float32")
-        feature_maps, *activations = extract(pixels)
-        _, logits = from_features(feature_maps)
-        probabilities = tf.nn.softmax(logits).numpy()
-        classes = _classes_in_question(probabilities, labels[some])
-        (uncut,) = uncut_grad_cam(from_features, feature_maps, classes)
-        require_finite(probabilities, uncut)
-        found.append((probabilities, classes, uncut, *map(_peaks_of, activations)))
-    probabilities, classes, uncut, *peaks = zip(*found, strict=True)
-    joined = [np.concatenate(parts) for parts in (probabilities, classes, uncut)]
-    of_layers = {}
-    for name, parts in zip(layer_names, peaks, strict=True):
-        values = np.concatenate([part.values for part in parts])
-        of_layers[name] = Peaks(values, np.concatenate([part.positions for part in parts]))
-    return Survey(network, class_names, paths, read, labels, *joined, of_layers)
+    feature_maps = tf.constant(feature_maps)
+    _, logits = from_features(feature_maps)
+    probabilities = tf.nn.softmax(logits).numpy()
+    classes = _classes_in_question(probabilities, labels)
+    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
+    uncut = weighted_sum(feature_maps, weights)
+    require_finite(probabilities, uncut)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    return {
+        "probabilities": probabilities,
+        "classes": classes,
+        "uncut": uncut,
+        "concept_maps": maps,
+        "concept_shares": _shares_of_classes(weights, found.vectors, maps),
+    }
 
 
 def _traced_extractor(network, layer_names):
@@ -1840,11 +2263,20 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     pictures["filters"] = [picture for of_sheet in sheets for picture in of_sheet]
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
+    pictures["concepts"] = tell(draw_concepts(output, survey))
+    pictures["concepts"] += tell(draw_evidence(output, survey, _puzzle(survey, explained)))
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
     pictures["strip"] = tell(draw_strip(output, network, shown[0], patterns))
     return pictures
+
+
+def _puzzle(survey, explained):
+    """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
+    numbers = list(explained)
+    mistakes = [number for number in numbers if explained[number].is_mistake]
+    return numbers[0] if survey.own_count else [*mistakes, *numbers][0]
 
 
 def draw_strip(output, network, explanation, patterns):
@@ -2424,6 +2856,16 @@ def tile(pictures, columns, frames=BACKGROUND, gap=TILE_GAP):
     return sheet.reshape(rows * sheet.shape[1], -1, 3)
 
 
+def in_square(picture, side):
+    """A (height, width, 3) uint8 picture scaled to fit in the middle of a square of this side."""
+    height, width = np.maximum(1, np.round(side / max(picture.shape) * np.array(picture.shape[:2])))
+    picture = cv2.resize(picture, (int(width), int(height)), interpolation=cv2.INTER_AREA)
+    square = np.full((side, side, 3), BACKGROUND, "uint8")
+    top, left = (side - picture.shape[0]) // 2, (side - picture.shape[1]) // 2
+    square[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return square
+
+
 def save_sheet(path, sheet, title):
     """Write a (height, width, 3) uint8 sheet, pixel for pixel, under its title.
 
@@ -2569,31 +3011,33 @@ def save_strip(path, photo, overlay, middle):
 
 
 @figure_style
-def save_examples(path, filters, patterns, rows, title):
-    """Draw a row for each filter: its number, its pattern, and patches with their activations.
+def save_rows(path, labels, rows, title):
+    """Draw rows of square pictures under a title, each row after its label.
 
-    rows: [(patch, activation)] for each filter.
+    rows: [[((height, width, 3) uint8 picture, a line of text below it)]].
     """
     pitch = PATCH_SIDE + 8  # pixels from a tile to the next
     line = 28  # of the text below a tile
-    margin = 70  # for the numbers
-    height, width = len(filters) * (pitch + line), margin + (1 + EXAMPLE_PATCHES) * pitch
+    lines = [text for label in labels for text in label.split("\n")]
+    margin = 30 + math.ceil(100 * max(map(text_width, lines)))
+    height, width = len(rows) * (pitch + line), margin + max(map(len, rows)) * pitch
     sheet = np.full((height, width, 3), BACKGROUND, "uint8")
     figure = Figure(figsize=(width / 100, height / 100))
     axes = figure.add_axes((0, 0, 1, 1))
-    for row, (number, pattern, patches) in enumerate(zip(filters, patterns, rows, strict=True)):
+    for row, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
         top = row * (pitch + line)
-        axes.text(margin / 2, top + PATCH_SIDE / 2, number, ha="center", va="center")
-        for column, (picture, value) in enumerate([(pattern, None), *patches]):
+        axes.text(margin / 2, top + PATCH_SIDE / 2, label, ha="center", va="center")
+        for column, (picture, text) in enumerate(pictures):
             left = margin + column * pitch
             picture = cv2.resize(picture, (PATCH_SIDE, PATCH_SIDE), interpolation=cv2.INTER_CUBIC)
             sheet[top : top + PATCH_SIDE, left : left + PATCH_SIDE] = picture
-            if value is not None:
+            if text:
+                text = _shorten(text, PATCH_SIDE / 100)
                 style = {"ha": "center", "va": "top"}
-                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, f"{value:.2f}", **style)
+                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, text, **style)
     axes.imshow(sheet)
     axes.set_axis_off()
-    axes.set_title(title, loc="left")
+    axes.set_title(wrap(title, width / 100), loc="left")
     save_figure(path, figure)
 
 
@@ -2787,6 +3231,7 @@ def draw_page(output, survey, explained, pictures, record, command, progress):
     """
     facts = _run_facts(survey, record, command)
     facts |= _photo_facts(output, survey, explained, progress)
+    facts["concepts"] = _concept_facts(survey, facts["stored"])
     facts |= _picture_facts(output, survey, explained, pictures, facts["stored"], progress)
     del facts["stored"]
     with replace_when_whole(output / "run.js") as partial_path:
@@ -2895,6 +3340,8 @@ def _stored_photos(survey, explained):
         for number in range(peaks.values.shape[1])
         for k in top_photos(peaks, number, PATCHES)
     }
+    for concept in range(len(survey.concepts.vectors)):
+        lenders.update(photos_of_concept(survey, concept))
     return [*listed, *sorted(lenders - set(listed))], len(listed)
 
 
@@ -2915,7 +3362,34 @@ def _photo_entry(survey, number):
         "doubt": round(float(doubts[0]), 4),
         "probabilities": _probability_entries(probabilities, label),
         "heatmaps": _heatmap_entries([of_classes]),
+        "concepts": _concept_entries(survey, number),
     }
+
+
+def _concept_entries(survey, number):
+    """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
+    encoded = [
+        _encoded(of_concept) for of_concept in np.moveaxis(survey.concept_maps[number], -1, 0)
+    ]
+    classes = dict.fromkeys(survey.classes[number].tolist())
+    parts = [[k, [[c, round(part, 3)] for c, part in evidence(survey, number, k)]] for k in classes]
+    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
+
+
+def _concept_facts(survey, stored):
+    """What the page shows of the concepts: how true they are, and for each photos and classes.
+
+    stored: the numbers of the photos that the page has.
+    """
+    count = len(survey.concepts.vectors)
+    found = []
+    for concept in range(count):
+        photos = [stored.index(k) for k in photos_of_concept(survey, concept)]
+        found.append({"photos": photos, "classes": []})
+    for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN].tolist():
+        for concept, part, fall in class_concepts(survey, class_index):
+            found[concept]["classes"].append([class_index, round(part, 3), round(fall, 2)])
+    return {"truth": concept_truth(survey.concepts), "found": found}
 
 
 def _probability_entries(probabilities, label):
@@ -3219,6 +3693,18 @@ def prepare_libraries():
     keras.config.set_dtype_policy("float32")
 
 
+def tell_of_unused_gpu(gpus, driver="/proc/driver/nvidia", programs=None):
+    """Print how TensorFlow is to see an NVIDIA card where there is one and it sees none.
+
+    gpus: those that it sees; programs: the folders in which nvidia-smi may lie, as in $PATH.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    card = Path(driver).exists() or shutil.which("nvidia-smi", path=programs)
+    if card and not gpus and not hidden:
+        install = f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
+        print(f"The NVIDIA card is not used: {install} makes it seen, on Windows only in WSL2.")
+
+
 def half_precision():
     """Keras's dtype policy for half precision, or for full where the machine lacks it."""
     if tf.config.list_physical_devices("GPU"):
@@ -3253,6 +3739,95 @@ def training_strategy():
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
+
+
+# ---- ImageNet's weights, and a first look without them -------------------------------------------
+
+IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # of the file without a classifier on top
+
+
+def quick_options(options, fetch=None):
+    """The options of a --quick run: whatever was not given is chosen for it.
+
+    fetch: imagenet_weights, or what takes its place. Where it raises OSError and no weights were
+    given, the run starts from scratch, and a line says why.
+    """
+    weights = options.weights
+    if weights is None:
+        try:
+            (fetch or imagenet_weights)()
+        except OSError as error:
+            print(f"ImageNet's weights cannot be had ({error}): this run starts from scratch.")
+            weights = "none"
+    return completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
+
+
+def imagenet_address():
+    """Where Keras downloads the weights of InceptionV3 without its top from."""
+    return sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
+
+
+def imagenet_weights(address=None, md5=IMAGENET_MD5, seconds=15):
+    """The path of ImageNet's weights in Keras's cache, where they are downloaded if need be.
+
+    A file that was cut short is downloaded again. Raises OSError where the server does not answer,
+    or falls silent, for so many seconds, or where another file comes.
+    """
+    address = address or imagenet_address()
+    file = cached_file(address)
+    if not (file.is_file() and _md5(file) == md5):
+        try:
+            _download(address, file, md5, seconds)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)  # urllib wraps what the socket says
+            if isinstance(reason, TimeoutError):
+                raise OSError(f"no answer for {seconds} s") from error
+            raise OSError(getattr(reason, "strerror", None) or str(error)) from error
+    return file
+
+
+def cached_file(address):
+    """Where Keras looks for the weights of that address."""
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    if not os.access(home, os.W_OK):
+        home = Path(tempfile.gettempdir(), ".keras")  # as Keras does
+    return home / "models" / address.rpartition("/")[2]
+
+
+def _md5(file):
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "md5").hexdigest()
+
+
+def _download(address, file, md5, seconds):
+    """Download a file, showing how far it is. Raises ValueError where another file comes."""
+    with _answer(address, seconds) as answer:
+        size = int(answer.headers.get("Content-Length", 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_whole(file) as partial_path:
+            shown = rich.progress.wrap_file(answer, size, description="ImageNet's weights")
+            with partial_path.open("wb") as target, shown as source:
+                shutil.copyfileobj(source, target)
+            if _md5(partial_path) != md5:
+                raise ValueError("what came is not the whole file")
+
+
+def _answer(address, seconds):
+    """The answer of a server, to be read. Raises TimeoutError if none begins within the seconds.
+
+    The limit of a socket is not enough: it holds for each of a server's addresses anew, for each
+    byte of its answer, and not at all for looking up its name.
+    """
+    answer = Future()
+
+    def ask():
+        try:
+            answer.set_result(urllib.request.build_opener().open(address, timeout=seconds))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
 
 
 # ---- From options to a model, and messages -------------------------------------------------------

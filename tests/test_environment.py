@@ -90,6 +90,39 @@ def test_a_terminal_shows_one_bar_of_what_is_drawn_and_ctrl_c_says_how_to_go_on(
     assert interrupted and "small.keras" in text and "--skip-training" in text
     assert "━" in text and ".jpg" not in text  # a bar, and no list of files beside it
     assert "Traceback" not in text
+    assert "oneDNN" not in text and "InitializeLog" not in text  # nor TensorFlow's start-up
+
+
+KNOWN = (
+    "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n"
+    "I0000 00:00:1 port.cc:153] oneDNN custom operations are on.\n"
+)
+
+
+@POSIX_ONLY
+@pytest.mark.parametrize(
+    ("lines", "end", "shown"),
+    [
+        (KNOWN, "raise ImportError('broken')", ""),
+        (
+            KNOWN + "W0 no such device\n",
+            "raise ImportError('broken')",
+            KNOWN + "W0 no such device\n",
+        ),
+        (KNOWN, "os.abort()", KNOWN),
+    ],
+)
+def test_of_what_tensorflow_says_while_it_loads_only_harmless_lines_are_left_out(
+    tmp_path, lines, end, shown
+):
+    fake = f"import os\nos.write(2, {lines.encode()!r})\n{end}\n"
+    (tmp_path / "tensorflow.py").write_text(fake)
+    settings = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, SCRIPT]
+    run = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    text, broken, _ = run.stderr.partition("broken.\n")
+    assert text == shown
+    assert bool(broken) == (run.returncode == 1) == end.startswith("raise")
 
 
 # ---- Settings, streams and names that a machine may have ----
