@@ -6,7 +6,7 @@
 The chapter follows a run: 1 photos, 2 model, 3 training, 4 evaluation, 5 activation grids, 6 filter
 patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 concepts, 10 everything drawn. The workshop
 behind it holds the tools, and may be skipped. Four techniques work on their own, for any functional
-or Sequential Keras classifier that takes 0–255 RGB, and return arrays:
+or Sequential Keras classifier that takes 0–255 RGB (or the Network of another), and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
     filter_patterns(model, "conv2d_39", range(64))
@@ -96,10 +96,13 @@ def main(options, build=None, **pattern_settings):
     try:
         photos, labels = photos_and_labels(options.photos, test)
         read = test.read if test else None
-        survey = survey_photos(Network(model), photos, labels, class_names, read, options.seed)
+        network, seed = network_of(model), options.seed
+        survey = survey_photos(network, photos, labels, class_names, read, seed)
+        if options.skip_training:
+            warn_of_pixels(survey, printable(options.model.name), "--pixels {}")
         report(survey, options)
         command = pasteable("python", *without_folders(sys.argv))
-        draw_survey(survey, options.output, record, command, options.seed, **pattern_settings)
+        draw_survey(survey, options.output, record, command, seed, **pattern_settings)
     except KeyboardInterrupt:
         print(f"\nThe model is saved in {printable(options.model)}; --skip-training draws it.")
         raise
@@ -110,6 +113,9 @@ def main(options, build=None, **pattern_settings):
 # ---- Options, which are read before TensorFlow loads: --help need not wait for seconds -----------
 
 BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's, from the photo to the classes
+# What a model can take for a photo's 0–255; the last three are the modes of Keras's
+# preprocess_input: −1 to 1, BGR less ImageNet's mean, and normalized by its mean and deviation.
+PIXELS = ("0..255", "0..1", "tf", "caffe", "torch")
 
 
 def parse_options(words=None):
@@ -138,6 +144,13 @@ def parse_options(words=None):
     )
     way.add_argument(
         "--skip-training", action="store_true", help="draw from the saved model in --model"
+    )
+    add(
+        "--pixels",
+        default=PIXELS[0],
+        choices=PIXELS,
+        help="what the saved model was trained on: 0..255, 0..1, or a mode of Keras's "
+        "preprocess_input, where tf is -1..1 (default: 0..255)",
     )
     add(
         "--photos",
@@ -174,6 +187,7 @@ def parse_options(words=None):
         metavar="RATE",
         help="its peak, except while the head learns alone (default: 3e-4; from scratch 5e-4)",
     )
+    add("--balance", action="store_true", help="let classes of unlike size weigh alike")
     add("--mixed-precision", action="store_true", help="half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
@@ -202,6 +216,8 @@ def _check_options(parser, options):
         if value is not None and not least <= value <= min(most, sys.float_info.max):
             limit = f"from {least} to {most}" if most < math.inf else f"{least} or more"
             parser.error(f"argument --{name.replace('_', '-')}: must be {limit}, not {value}")
+    if options.pixels != PIXELS[0] and not options.skip_training:
+        parser.error("argument --pixels: is for a saved model; add --skip-training")
     file = printable(options.model)
     suffixes = (".keras", ".h5", ".hdf5") if options.skip_training else (".keras",)
     if options.model.suffix not in suffixes:
@@ -372,17 +388,18 @@ def _split_command(folder):
     return pasteable(*words)
 
 
-def photo_reader(size):
+def photo_reader(size, decode=read_photo):
     """A function that reads a photo as the model is to see it, and keeps it for the next time.
 
-    size: (height, width) in pixels. The function takes a path, returns (height, width, 3) uint8
-    RGB, 0–255, and raises Stop if the file does not decode.
+    size: (height, width) in pixels. decode: read_photo, or what a Network puts in its place. The
+    function takes a path, returns (height, width, 3) uint8 RGB, 0–255, and raises Stop if the file
+    does not decode.
     """
     height, width = size
 
     @lru_cache(maxsize=4000)  # about 1 GB at 299 pixels; more are decoded again in every epoch
     def read(path):
-        photo = Image.fromarray(read_photo(path, at_least=max(height, width)))
+        photo = Image.fromarray(decode(path, at_least=max(height, width)))
         return np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
 
     return read
@@ -554,8 +571,7 @@ def load_backbone_weights(base, path):
             with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
                 base.load_weights(path)
             return base
-        # Safe mode, which is Keras's default, runs no code from the file.
-        saved = keras.saving.load_model(path, compile=False)
+        saved = load_saved(path)
         backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
         poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
         if any(layer.strides == (1, 1) for layer in poolings):
@@ -586,6 +602,20 @@ def _holds_model(path):
 # falls to 0 along a cosine.
 
 FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
+
+
+def differ_in_size(counts):
+    """Whether the largest of classes with so many photos has more than twice the smallest's."""
+    return max(counts) > 2 * min(counts)
+
+
+def balancing_weights(labels):
+    """{class index: weight of its photos in the loss}: all classes weigh alike, 1 in the mean.
+
+    labels: (n,) class indices, with each class among them.
+    """
+    counts = np.bincount(labels)
+    return dict(enumerate((len(labels) / (len(counts) * counts)).tolist()))
 
 
 @dataclass(frozen=True)
@@ -619,12 +649,14 @@ def training_phases(epochs, weights, freeze_below, learning_rate=None):
     return [head, fine_tuning] if epochs > head_end else [head]
 
 
-def train(model, splits, phases, checkpoints):
+def train(model, splits, phases, checkpoints, balance=False):
     """Train through the phases, from the epoch where the checkpoints stand.
 
-    Raises Stop where the loss becomes NaN or the memory runs out.
+    balance: photos weigh in the loss so that all classes weigh alike. Raises Stop where the loss
+    becomes NaN or the memory runs out.
     """
     batches = splits["train"]
+    weights = balancing_weights(batches.labels) if balance else None
     for phase in phases:
         if checkpoints.epochs >= phase.end_epoch:
             continue
@@ -640,6 +672,7 @@ def train(model, splits, phases, checkpoints):
             model.fit(
                 batches,
                 validation_data=splits["validation"],
+                class_weight=weights,
                 shuffle=False,  # the photos shuffle themselves, by seed and epoch
                 initial_epoch=checkpoints.epochs,
                 epochs=phase.end_epoch,
@@ -720,7 +753,7 @@ def train_and_save(options, build=build_model):
     phases = training_phases(
         options.epochs, options.weights, options.freeze_below, options.learning_rate
     )
-    _describe(splits, class_names, phases)
+    _describe(splits, class_names, phases, options.balance)
     options.model.parent.mkdir(parents=True, exist_ok=True)
     lock = options.model.with_name(f".{options.model.name}.lock")
     busy = (
@@ -757,14 +790,14 @@ def _train_from(options, splits, phases, checkpoints, build):
         model = build(splits["train"].class_count, options.image_size, options.weights)
         if options.resume:
             checkpoints.resume(model)
-        train(model, splits, phases, checkpoints)
+        train(model, splits, phases, checkpoints, options.balance)
     keras.config.set_dtype_policy("float32")
     best = checkpoints.file_of(checkpoints.best_epoch)
     return in_float32(keras.saving.load_model(best, compile=False))
 
 
-def _describe(splits, class_names, phases):
-    """Print what is about to be trained, and a warning where the photos are too few to judge by."""
+def _describe(splits, class_names, phases, balance):
+    """Print what is about to be trained, and warnings: of few photos, or classes unlike in size."""
     counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
     stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
     names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
@@ -774,11 +807,19 @@ def _describe(splits, class_names, phases):
         if fewest < FEW_PHOTOS:
             few = f"{split} has a class of {fewest} photos"
             print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
+    sizes = np.bincount(splits["train"].labels)
+    if differ_in_size(sizes):
+        largest, smallest = (
+            f"{sizes[k]} of {printable(class_names[k])}" for k in (sizes.argmax(), sizes.argmin())
+        )
+        remedy = "weighed alike (--balance)" if balance else "--balance lets them weigh alike"
+        print(f"The classes differ in size ({largest}, {smallest}): {remedy}.")
 
 
 def _run_settings(options, splits, phases):
     """What the training depends on, for its record."""
     names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
+    names += ("balance",)
     settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
     settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
     settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
@@ -797,26 +838,55 @@ class Evaluation:
 
     class_names: list
     labels: np.ndarray  # (n,) true class indices
-    probabilities: np.ndarray  # (n, classes) float, each row sums to 1
+    probabilities: np.ndarray  # (n, classes) float, each row sums to 1 unless is_multi_label
+    is_multi_label: bool = False  # the model tells of each class by itself whether it is there
 
     @cached_property
     def predicted(self):
-        return self.probabilities.argmax(1)
+        """(n, classes) booleans; see predicted_classes."""
+        return predicted_classes(self.probabilities, self.is_multi_label)
+
+    @cached_property
+    def correct(self):
+        """(n,) booleans: whether the true class is predicted."""
+        return self.predicted[np.arange(len(self.labels)), self.labels]
 
     @cached_property
     def accuracy(self):
-        return float(np.mean(self.predicted == self.labels))
+        return float(np.mean(self.correct))
+
+    @cached_property
+    def accuracy_interval(self):
+        """(lowest, highest) accuracy that goes with these photos at 95 %: Wilson's interval."""
+        from scipy.stats import binomtest  # which takes a second to load
+
+        test = binomtest(int(self.correct.sum()), len(self.labels))
+        return tuple(test.proportion_ci(confidence_level=0.95, method="wilson"))
+
+    @cached_property
+    def balanced_accuracy(self):
+        """The mean of the classes' recall: each class counts alike, however many photos it has."""
+        return float(np.nanmean(self.recall))
 
     @cached_property
     def loss(self):
-        losses = keras.losses.sparse_categorical_crossentropy(self.labels, self.probabilities)
+        if self.is_multi_label:
+            true = np.eye(len(self.class_names))[self.labels]
+            losses = keras.losses.binary_crossentropy(true, self.probabilities)
+        else:
+            losses = keras.losses.sparse_categorical_crossentropy(self.labels, self.probabilities)
         return float(np.mean(losses))
 
     @cached_property
+    def photos(self):
+        """(classes,) the number of photos of each class."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    @cached_property
     def confusion(self):
-        """(classes, classes) counts: row the true class, column the predicted one."""
+        """(classes, classes) counts: row the true class, column the predicted one or ones."""
         counts = np.zeros((len(self.class_names),) * 2, int)
-        np.add.at(counts, (self.labels, self.predicted), 1)
+        np.add.at(counts, self.labels, self.predicted)
         return counts
 
     @property
@@ -827,12 +897,12 @@ class Evaluation:
     @property
     def recall(self):
         """(classes,) share of a class's photos that are called so; nan for a class without any."""
-        return _shares(np.diag(self.confusion), self.confusion.sum(1))
+        return _shares(np.diag(self.confusion), self.photos)
 
     @property
     def largest_share(self):
         """The accuracy of always guessing the most frequent class."""
-        return np.bincount(self.labels).max() / len(self.labels)
+        return self.photos.max() / len(self.labels)
 
     @property
     def chance(self):
@@ -842,12 +912,17 @@ class Evaluation:
 
     @property
     def is_no_better_than_chance(self):
-        return self.accuracy <= self.chance
+        # Who may name several classes is not right by chance alone, but by naming all.
+        return not self.is_multi_label and self.accuracy <= self.chance
 
     @property
     def fewest_photos(self):
         """The number of photos of the smallest class."""
-        return int(self.confusion.sum(1).min())
+        return int(self.photos.min())
+
+    @property
+    def is_unbalanced(self):
+        return differ_in_size(self.photos)
 
     @property
     def has_few_photos(self):
@@ -859,21 +934,30 @@ def _shares(counts, totals):
     return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
 
 
-def doubt(probabilities, labels):
+def predicted_classes(probabilities, is_multi_label=False):
+    """(n, classes) booleans: the most probable class; in a multi-label model all from 0.5 up."""
+    if is_multi_label:
+        return probabilities >= 0.5
+    return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
+
+
+def doubt(probabilities, labels, is_multi_label=False):
     """A sort key (n,): the worst mistake is lowest, the most certain photo highest.
 
     A mistake is the worse the less probable its true class is (from -1 to 0); of the others the
     least confident are lowest (0 to 1). labels: true class indices, -1 where not known.
     """
     confidence = probabilities.max(1)
-    of_true_class = probabilities[np.arange(len(labels)), labels]  # of -1 the last, which is unused
-    is_mistake = (labels >= 0) & (probabilities.argmax(1) != labels)
+    rows = np.arange(len(labels))
+    of_true_class = probabilities[rows, labels]  # of -1 the last, which is unused
+    predicted = predicted_classes(probabilities, is_multi_label)
+    is_mistake = (labels >= 0) & ~predicted[rows, labels]
     return np.where(is_mistake, of_true_class - 1, confidence)
 
 
 def example_order(evaluation):
     """All photo indices: the most confident correct one, then by doubt, worst mistakes first."""
-    doubts = doubt(evaluation.probabilities, evaluation.labels)
+    doubts = doubt(evaluation.probabilities, evaluation.labels, evaluation.is_multi_label)
     by_doubt = np.argsort(doubts, kind="stable").tolist()
     if doubts.max() < 0:
         return by_doubt
@@ -882,24 +966,41 @@ def example_order(evaluation):
 
 
 def evaluation_report(evaluation):
-    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused."""
+    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused.
+
+    Of a multi-label model, which may name several classes or none, only what has a meaning then.
+    """
     names = [printable(name) for name in evaluation.class_names]
-    width = max(map(len, names))
+    width = max(5, *map(len, names))
     lines = [
-        f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}",
+        f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}"
+        f"  ({accuracy_text(evaluation)})",
         f"{'class':{width}}  precision  recall  photos",
     ]
-    photos = evaluation.confusion.sum(1)
-    columns = zip(names, evaluation.precision, evaluation.recall, photos, strict=True)
+    if evaluation.is_multi_label:
+        lines[0] = f"Test: loss {evaluation.loss:.4f} (each class by itself, called so from 0.5 up)"
+    columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
     for name, precision, recall, count in columns:
         precision, recall = _share_text(precision), _share_text(recall)
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
-    lines.append(most_confused(evaluation.confusion, names))
+    if not evaluation.is_multi_label:
+        lines.append(most_confused(evaluation.confusion, names))
     if evaluation.is_no_better_than_chance:
         lines.append(
             "Warning: this accuracy is no better than chance; train longer, on more photos."
         )
     return "\n".join(lines)
+
+
+def accuracy_text(evaluation):
+    """The accuracy and how sure it is: "95 % of 170 test photos (91 to 98 %)"."""
+    low, high = evaluation.accuracy_interval
+    count = len(evaluation.labels)
+    text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
+    text += f" ({100 * low:.0f} to {percent(high)})"
+    if evaluation.is_unbalanced:
+        text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
+    return text
 
 
 def _share_text(share):
@@ -938,6 +1039,8 @@ def draw_evaluation(output, evaluation, record=None):
     """
     save_confusion_matrix(output / "confusion_matrix.png", evaluation)
     caption = "How often each true class (row) is taken for each class (column)"
+    if evaluation.is_multi_label:
+        caption = "How often each class (column) is named, from 0.5 up, in photos of each (row)"
     pictures = [Picture("confusion_matrix.png", caption)]
     if record:
         path = output / "training_curves.png"
@@ -1130,7 +1233,7 @@ def filter_patterns(
             with bfloat16_where_fast():
                 for _ in range(steps):
                     coefficients, momentum = step(coefficients, momentum, filters[piece])
-            image = _waves_to_image(coefficients, canvas, scale)
+            image = network.as_seen(_waves_to_image(coefficients, canvas, scale))
             pictures[piece] = np.rint(_full_contrast(image))
             finished = tf.constant(pictures[piece], tf.float32)
             (activation,) = network.compute(finished, [convolution.activation], folded=True)
@@ -1161,7 +1264,7 @@ def _ascent_step(network, layer_name, waves, scale, margin):
     def step(coefficients, momentum, filters):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(coefficients)
-            images = _bounded(_waves_to_image(coefficients, waves, scale))
+            images = _bounded(network.as_seen(_waves_to_image(coefficients, waves, scale)))
             (maps,) = network.compute(images, [layer_name], folded=True)
             means = tf.reduce_mean(maps[:, start[0] : end[0], start[1] : end[1]], (1, 2))
             # An image changes only its own mean, so the gradient of the sum is each image's own.
@@ -1364,7 +1467,7 @@ def draw_examples(output, network, patterns, peaks, paths):
     for number in filters:
         patches = []
         for k in top_photos(peaks, number):
-            photo, position = read_photo(paths[k]), peaks.positions[k, number]
+            photo, position = network.read_photo(paths[k]), peaks.positions[k, number]
             patch = cut_patch(photo, network.input_size, field, position)
             patches.append((patch, f"{peaks.values[k, number]:.2f}"))
         rows.append([(patterns.pictures[number], ""), *patches])
@@ -1528,6 +1631,7 @@ class Explanation:
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
     uncut: dict
     deletion: Deletion | None = None  # of the heatmap; None where it is empty
+    is_multi_label: bool = False
 
     @property
     def predicted_index(self):
@@ -1581,11 +1685,15 @@ class Explanation:
 
     @property
     def is_mistake(self):
-        return self.true_index is not None and self.predicted_index != self.true_index
+        if self.true_index is None:
+            return False
+        (predicted,) = predicted_classes(self.probabilities[None], self.is_multi_label)
+        return not predicted[self.true_index]
 
     @property
     def verdict(self):
-        return verdict(self.class_names, self.probabilities, self.true_index)
+        known = (self.class_names, self.probabilities, self.true_index, self.is_multi_label)
+        return verdict(*known)
 
 
 def most_probable(probabilities):
@@ -1602,16 +1710,25 @@ def _classes_in_question(probabilities, labels):
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
-def verdict(class_names, probabilities, true_index):
+def verdict(class_names, probabilities, true_index, is_multi_label=False):
     """What the model says of a photo and, where that is known (not None), what is true."""
     first, second = most_probable(probabilities)[:2]
     named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
-    if true_index is None:
+    if is_multi_label:
+        (predicted,) = predicted_classes(probabilities[None], is_multi_label)
+        several = [k for k in most_probable(probabilities)[:5] if predicted[k]]
+        said = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
+        said = f"It says {said}" if several else f"It says none of its classes; {named[first]}"
+    elif true_index is None:
         return f"It says {named[first]}; {named[second]}"
-    if first == true_index:
+    elif first == true_index:
         return f"It says {named[first]}, and is right"
+    else:
+        said = f"It says {named[first]}"
+    if true_index is None:
+        return said
     share = percent(probabilities[true_index])
-    return f"It says {named[first]}; its class is {class_names[true_index]}, {share}"
+    return f"{said}; its class is {class_names[true_index]}, {share}"
 
 
 def deletion_caption(explanation):
@@ -1961,7 +2078,10 @@ def draw_evidence(output, survey, number):
     strongest = {class_index: evidence(survey, number, class_index) for class_index in shown}
     if not strongest[predicted]:
         return []
-    labels, rows = ["the photo"], [[(in_square(read_photo(survey.paths[number]), PATCH_SIDE), "")]]
+    labels, rows = (
+        ["the photo"],
+        [[(in_square(survey.network.read_photo(survey.paths[number]), PATCH_SIDE), "")]],
+    )
     for class_index, concepts_of_class in strongest.items():
         for concept, part in concepts_of_class:
             name = printable(survey.class_names[class_index])
@@ -1996,8 +2116,8 @@ def evidence(survey, number, class_index):
 
 def _lit(survey, number, concept):
     """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
-    photo, heatmap = read_photo(survey.paths[number]), survey.concept_maps[number, ..., concept]
-    network = survey.network
+    network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
+    photo = network.read_photo(survey.paths[number])
     field = network.receptive_fields[network.heatmap_layer]
     light = place_heatmap(heatmap / (heatmap.max() or 1), field, network.input_size)
     light = cv2.resize(light, photo.shape[1::-1])[..., None]
@@ -2016,15 +2136,20 @@ EXAMPLES_SHOWN = 3  # of these, in a picture of their own each, where there are 
 PHOTOS_AT_ONCE = 32  # in the survey
 
 
-def draw(model, photos, class_names, output, labels=None, seed=0, **settings):
+def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXELS[0], **settings):
     """Draw every picture, and the page that shows them, into the folder `output`.
 
     model: a Keras model or a Network. photos: paths. labels: the true class index of each photo, or
     None for one whose class is not known, as it is for all without labels. Photos without a label
     are all explained; only where there are none, examples of the others take their place.
-    settings: see draw_survey. Raises Stop, naming what the model lacks.
+    pixels: what the model was trained on, one of PIXELS. settings: see draw_survey. Raises Stop,
+    naming what the model lacks.
     """
-    survey = survey_photos(network_of(model), photos, labels, class_names, seed=seed)
+    network = network_of(model, pixels)
+    if network.remark:
+        print(network.remark)
+    survey = survey_photos(network, photos, labels, class_names, seed=seed)
+    warn_of_pixels(survey, "The model", 'pixels="{}"')
     draw_survey(survey, output, seed=seed, **settings)
 
 
@@ -2067,7 +2192,8 @@ class Survey:
         known = slice(self.own_count, None)
         if self.own_count == len(self.paths):
             return None
-        return Evaluation(list(self.class_names), self.labels[known], self.probabilities[known])
+        of_known = self.labels[known], self.probabilities[known]
+        return Evaluation(list(self.class_names), *of_known, self.network.is_multi_label)
 
     def name(self, number):
         """The name of a photo as it is shown, that of a test photo with its folder."""
@@ -2080,7 +2206,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
 
     seed: chooses the photos in which concepts are looked for.
     """
-    read = read or photo_reader(network.input_size)
+    read = read or photo_reader(network.input_size, network.read_photo)
     labels = [None] * len(photos) if labels is None else labels
     labels = np.array([-1 if label is None else label for label in labels], int)
     own_first = np.argsort(labels >= 0, kind="stable")
@@ -2139,7 +2265,7 @@ def _look(network, feature_maps, labels, found):
     from_features = partial(network.compute, names=[last, LOGITS], start=last)
     feature_maps = tf.constant(feature_maps)
     _, logits = from_features(feature_maps)
-    probabilities = tf.nn.softmax(logits).numpy()
+    probabilities = network.to_probabilities(logits).numpy()
     classes = _classes_in_question(probabilities, labels)
     ((_, weights),) = channel_weights(from_features, feature_maps, classes)
     uncut = weighted_sum(feature_maps, weights)
@@ -2199,12 +2325,13 @@ def _explanation(survey, number, pixels, uncut):
     label = int(survey.labels[number])
     explanation = Explanation(
         name=survey.name(number),
-        photo=read_photo(survey.paths[number]),
+        photo=survey.network.read_photo(survey.paths[number]),
         pixels=pixels,
         class_names=[printable(class_name) for class_name in survey.class_names],
         probabilities=survey.probabilities[number],
         true_index=None if label < 0 else label,
         uncut=uncut,
+        is_multi_label=survey.network.is_multi_label,
     )
     if not explanation.heatmap.any():
         return explanation
@@ -2319,6 +2446,7 @@ def _corner(sheet, side):
 # of a model (which layers there are, in which order, where their positions look) is read off that
 # graph, so that they can be drawn for any convolutional classifier, nested base models included.
 
+PHOTO = "(photo)"  # by which Network.compute knows the photo as the model takes it
 LOGITS = "(logits)"  # by which Network.compute knows the scores that softmax takes
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 ACTIVATIONS = (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.PReLU, layers.ELU)
@@ -2351,36 +2479,43 @@ class Step:
     call: object  # a function of the tensors that go in: the list of those that come out
 
 
-def network_of(model):
-    """The Network of a Keras model; a Network stays as it is."""
-    return model if isinstance(model, Network) else Network(model)
+def network_of(model, pixels=PIXELS[0]):
+    """The Network of a Keras model that was trained on these pixels; a Network stays as it is."""
+    return model if isinstance(model, Network) else Network(model, pixels=pixels)
 
 
 class Network:
     """All that the pictures need to know of a classifier of photos, read off its graph.
 
-    It takes (n, height, width, 3) RGB, 0–255; an input of open size becomes open_side × open_side.
-    Nested models are unfolded into one list of steps, in inference; where two layers have one name,
-    the later is called name_b here. The logits are found whether the model ends in a softmax or a
-    single sigmoid, as activation or as layer, or in logits; a single sigmoid p gives two classes,
-    1 - p and p. The model itself is never changed. Raises Stop, naming what the model lacks.
+    It takes (n, height, width, 3) RGB, 0–255, and turns them into what the model was trained on:
+    one of PIXELS, and grey where it has one channel. An input of open size becomes open_side ×
+    open_side. Nested models are unfolded into one list of steps, in inference; where two layers
+    have one name, the later is called name_b here. The logits are found whether the model ends in a
+    softmax or in sigmoids, as activation or as layer, or in logits; several sigmoids give each
+    class a probability of its own (is_multi_label), a single one, p, gives two classes, 1 - p and
+    p. The model itself is never changed. Raises Stop, naming what it lacks.
     """
 
-    def __init__(self, model, open_side=299):
+    def __init__(self, model, open_side=299, pixels=PIXELS[0]):
         shape, outputs = getattr(model, "input_shape", None), getattr(model, "outputs", None) or []
         if len(outputs) != 1 or isinstance(shape, list | dict):
             raise Stop(
                 "The pictures need a functional or Sequential model of one input and one output."
             )
-        if len(shape) != 4 or shape[3] != 3:
-            raise Stop(
-                f"The pictures need a model that takes RGB photos; this one takes {shape[1:]}."
-            )
+        if len(shape) != 4 or shape[3] not in (1, 3):
+            needed = "a model that takes RGB or grey photos"
+            raise Stop(f"The pictures need {needed}; this one takes {shape[1:]}.")
         self.input_size = tuple(side or open_side for side in shape[1:3])  # height, width in pixels
-        self.steps = []
-        _unfold(model, [INPUT], self.steps)
-        self.steps.append(_logits_step(self.steps[-1], model.output_shape))
-        self.class_count = max(2, model.output_shape[-1])
+        self.is_grey, self.pixels = shape[3] == 1, pixels
+        self.steps = [_first_step(pixels, self.is_grey)]
+        _unfold(model, self.steps[0].results, self.steps)
+        photos = np.random.default_rng(0).uniform(0, 255, (4, *self.input_size, 3))
+        photos = tf.constant(photos, tf.float32)
+        outputs = model.output_shape[-1]
+        step, activation, self.remark = _logits_step(self.steps, model.output_shape, photos)
+        self.steps.append(step)
+        self.class_count = max(2, outputs)
+        self.is_multi_label = activation is keras.activations.sigmoid and outputs > 1
         self._by_name = {step.name: step for step in self.steps}
 
     def compute(self, inputs, names, start=None, folded=False):
@@ -2408,7 +2543,24 @@ class Network:
     def probabilities(self, photos):
         """(n, classes) float32 for photos (n, height, width, 3) RGB, 0–255."""
         (logits,) = self.compute(photos, [LOGITS])
-        return tf.nn.softmax(logits).numpy()
+        return self.to_probabilities(logits).numpy()
+
+    def to_probabilities(self, logits):
+        """Probabilities (n, classes), each of its own in a multi-label model, else with sum 1."""
+        return tf.sigmoid(logits) if self.is_multi_label else tf.nn.softmax(logits)
+
+    def read_photo(self, path, at_least=None):
+        """A photo as read_photo reads it, grey where the model takes grey ones."""
+        photo = read_photo(path, at_least)
+        if not self.is_grey:
+            return photo
+        return np.asarray(Image.fromarray(photo).convert("L").convert("RGB"))
+
+    def as_seen(self, images):
+        """RGB images (n, height, width, 3), grey where the model takes grey ones."""
+        if not self.is_grey:
+            return images
+        return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(images))
 
     def as_batch(self, photo):
         """A (height, width, 3) photo as a batch of one float32 photo of the network's size."""
@@ -2606,6 +2758,27 @@ def _run(steps, tensors, calls=None):
         tensors.update(zip(step.results, results, strict=True))
 
 
+def _first_step(pixels, is_grey):
+    """The Step from 0–255 RGB to what a model was trained on: one of PIXELS, and maybe grey.
+
+    Raises Stop for other pixels, and for those of three colours where the model takes one.
+    """
+    if pixels not in PIXELS:
+        raise Stop(f"pixels: must be one of {', '.join(PIXELS)}, not {pixels}")
+    if is_grey and pixels in ("caffe", "torch"):
+        raise Stop(f"A model of grey photos has no pixels of the kind {pixels}, which has colours.")
+
+    def call(photos):
+        photos = tf.image.rgb_to_grayscale(photos) if is_grey else photos
+        if pixels == "0..1":
+            photos = photos / 255
+        elif pixels != "0..255":
+            photos = keras.applications.imagenet_utils.preprocess_input(photos, mode=pixels)
+        return [photos]
+
+    return Step(PHOTO, None, [INPUT], [INPUT + 1], call)
+
+
 def _unfold(model, sources, steps):
     """Append the steps of a model's graph, and of the models in it: the numbers of its outputs."""
     numbers = dict(zip(map(id, model.inputs), sources, strict=True))
@@ -2675,38 +2848,98 @@ def _caller(node):
     return call
 
 
-def _logits_step(last, output_shape):
-    """The Step to the logits (n, classes), from a model's last step and its output's shape.
+def _logits_step(steps, output_shape, photos):
+    """The Step to the logits (n, classes), the activation that takes them, and a remark or "".
 
-    Raises Stop where the model's outputs are not those of a softmax or a single sigmoid.
+    steps: of the model, whose outputs have this shape. Where it ends in something else than a
+    softmax, sigmoids or logits, the outputs for some photos tell what they are, as the remark says.
+    Raises Stop where they are no scores of classes.
     """
-    head, source = last.operation, last.sources[0]
-    activation = getattr(head, "activation", None)
-    if isinstance(head, layers.Softmax):
-        activation, to_logits = keras.activations.softmax, tf.identity
-    elif isinstance(head, layers.Activation):
-        to_logits = tf.identity
-    elif isinstance(head, layers.Dense):
-        to_logits = partial(_linear, head)
-    else:
-        source, activation, to_logits = last.results[0], keras.activations.linear, tf.identity
-    single = output_shape[-1] == 1
-    fitting = keras.activations.sigmoid if single else keras.activations.softmax
-    if len(output_shape) != 2 or activation not in (fitting, keras.activations.linear):
-        raise Stop("The pictures need a model that ends in a softmax or in a single sigmoid.")
+    last, count, remark = steps[-1], output_shape[-1], ""
+    if any(side != 1 for side in output_shape[1:-1]):
+        raise Stop("The pictures need a model that gives a photo one score a class, not a map.")
+    head = _head(steps)
+    source, to_logits, activation = _before_activation(head)
+    if head is not last or activation is None:
+        tensors = {INPUT: photos}
+        _run(steps, tensors)
+        outputs = tf.reshape(tensors[last.results[0]], (-1, count))
+        if activation:
+            expected = activation(tf.reshape(to_logits(tensors[source]), (-1, count)))
+        if activation is None or not np.allclose(expected, outputs, atol=1e-5):
+            source = last.results[0]
+            to_logits, activation, remark = _told_by_outputs(last.operation, outputs.numpy())
 
     def call(features):
-        logits = to_logits(features)
-        if single:  # softmax(-z/2, z/2) = (1 - sigmoid(z), sigmoid(z))
+        logits = tf.reshape(to_logits(features), (-1, count))
+        if count == 1:  # softmax(-z/2, z/2) = (1 - sigmoid(z), sigmoid(z))
             logits = tf.concat([-logits / 2, logits / 2], axis=-1)
         return [logits]
 
-    return Step(LOGITS, None, [source], [last.results[-1] + 1], call)
+    return Step(LOGITS, None, [source], [last.results[-1] + 1], call), activation, remark
 
 
-def _linear(dense, features):
-    logits = tf.matmul(features, dense.kernel)
-    return logits + dense.bias if dense.use_bias else logits
+def _head(steps):
+    """The last step that changes values: those after it only change the shape."""
+    producers = {number: step for step in steps for number in step.results}
+    head = steps[-1]
+    while _passes_values_on(head.operation):
+        head = producers[head.sources[0]]
+    return head
+
+
+def _passes_values_on(operation):
+    if isinstance(operation, layers.Activation):
+        return operation.activation is keras.activations.linear
+    shaping = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")  # Dropout: in training only
+    return type(operation).__name__ in shaping  # layers, and operations of keras.ops
+
+
+def _before_activation(head):
+    """(number of a tensor, a function from it to the logits, the activation that takes them).
+
+    The activation is None where the step is neither a softmax nor a sigmoid, nor a linear layer.
+    """
+    layer, source = head.operation, head.sources[0]
+    kind = type(layer).__name__
+    if kind in ("Softmax", "Sigmoid"):  # layers, and operations of keras.ops
+        return source, tf.identity, getattr(keras.activations, kind.lower())
+    activation = getattr(layer, "activation", None)
+    if activation in (keras.activations.softmax, keras.activations.sigmoid):
+        if isinstance(layer, layers.Activation):
+            return source, tf.identity, activation
+    elif activation is not keras.activations.linear:
+        return source, tf.identity, None
+    if isinstance(layer, layers.Dense | layers.Conv2D):
+        return source, partial(_linear, layer), activation
+    return source, tf.identity, None
+
+
+def _told_by_outputs(operation, outputs):
+    """(a function from outputs to logits, the activation that takes them, a remark).
+
+    outputs: (n, outputs) of a model for some photos, whose last step is of no known kind.
+    """
+    kind = type(operation).__name__
+    if (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=1e-3):
+        remark = f"It ends in {kind}: as what it puts out adds up to 1, it is taken as probability."
+        return _logarithm, keras.activations.softmax, remark
+    if (outputs < 0).any() and not hasattr(operation, "activation"):
+        remark = f"It ends in {kind}: as what it puts out is negative too, it is taken as logits."
+        return tf.identity, keras.activations.linear, remark
+    needed = "The pictures need a model that ends in a softmax, in sigmoids or in logits"
+    raise Stop(f"{needed}; this one ends in {kind}.")
+
+
+def _logarithm(probabilities):
+    return tf.math.log(tf.maximum(probabilities, 1e-30))
+
+
+def _linear(layer, features):
+    """What a Dense layer or a convolution puts out without its activation."""
+    multiply = getattr(layer, "convolution_op", tf.matmul)
+    logits = multiply(features, layer.kernel)
+    return logits + layer.bias if layer.use_bias else logits
 
 
 def _merges(step):
@@ -3087,7 +3320,7 @@ def save_confusion_matrix(path, evaluation):
     side = 0.8 if few else 20 / classes
     figure = Figure(figsize=(3.5 + side * classes, 2.5 + side * classes), layout="constrained")
     axes = figure.subplots()
-    photos = np.maximum(1, counts.sum(1, keepdims=True))
+    photos = np.maximum(1, evaluation.photos[:, None])
     drawn = axes.imshow(counts / photos, cmap="Blues_r", vmin=0, vmax=1)
     size = min(13, 55 * side)  # points
     axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
@@ -3095,7 +3328,9 @@ def save_confusion_matrix(path, evaluation):
     large = max(13, 1.2 * side * classes)  # points: to be read however far one steps back
     axes.set_xlabel("predicted", fontsize=large)
     axes.set_ylabel("true", fontsize=large)
-    title = f"{np.trace(counts)} of {counts.sum()} test photos right"
+    title = f"{np.trace(counts)} of {len(evaluation.labels)} test photos right"
+    if evaluation.is_multi_label:
+        title = f"{len(evaluation.labels)} test photos, each called all classes from 0.5 up"
     axes.set_title(title, loc="left", fontsize=large)
     if few:
         for (row, column), share in np.ndenumerate(drawn.get_array()):
@@ -3254,6 +3489,7 @@ def _run_facts(survey, record, command):
         "command": command,
         "settings": [f"{name}: {printable(str(value))}" for name, value in named],
         "classes": class_names,
+        "multi_label": network.is_multi_label,
         "test": None if evaluation is None else _test_table(evaluation),
         "colours": list(map(to_hex, matplotlib.colormaps[HEATMAP_COLOURS](range(256)))),
         "heatmap_layers": [_layer_entry(network, name) for name in network.heatmap_layers],
@@ -3278,11 +3514,15 @@ def _test_sentence(evaluation):
     """How well the model does, in words."""
     if evaluation is None:
         return "No test photos were given: how well it does is not known."
-    count, correct = len(evaluation.labels), int(np.trace(evaluation.confusion))
+    if evaluation.is_multi_label:
+        return (
+            "It tells of each class by itself whether a photo holds it (from 0.5 up), so that the "
+            "probabilities of a photo need not add up to 1: a photo may be called several classes "
+            f"or none. Test loss {evaluation.loss:.3g}."
+        )
     return (
-        f"It names {correct:,} of {count:,} test photos right ({percent(evaluation.accuracy)}, "
-        f"loss {evaluation.loss:.3g}); always saying the most frequent class would get "
-        f"{percent(evaluation.largest_share)} right."
+        f"It names {accuracy_text(evaluation)} right, with a loss of {evaluation.loss:.3g}; always "
+        f"saying the most frequent class would get {percent(evaluation.largest_share)} right."
     )
 
 
@@ -3311,7 +3551,8 @@ def _test_table(evaluation):
 def _photo_facts(output, survey, explained, progress):
     """What the page shows of photos. Writes sheets of them, and of their thumbnails."""
     stored, listed = _stored_photos(survey, explained)
-    sheets, ratios = _save_photos(output, [survey.paths[k] for k in stored], listed, progress)
+    paths, decode = [survey.paths[k] for k in stored], survey.network.read_photo
+    sheets, ratios = _save_photos(output, paths, decode, listed, progress)
     photos = []
     for index, (k, ratio) in enumerate(zip(stored, ratios, strict=True)):
         sheet, place = divmod(index, PHOTO_COLUMNS**2)
@@ -3331,7 +3572,8 @@ def _stored_photos(survey, explained):
     Own photos come first, then the explained ones and the rest of the test, the most doubtful
     first; then those that only lend a patch to a filter.
     """
-    doubtful = np.argsort(doubt(survey.probabilities, survey.labels), kind="stable").tolist()
+    doubts = doubt(survey.probabilities, survey.labels, survey.network.is_multi_label)
+    doubtful = np.argsort(doubts, kind="stable").tolist()
     tests = [k for k in dict.fromkeys([*explained, *doubtful]) if survey.labels[k] >= 0]
     listed = [*range(survey.own_count), *tests[:LISTED_PHOTOS]]
     lenders = {
@@ -3350,11 +3592,12 @@ def _photo_entry(survey, number):
     label, probabilities = int(survey.labels[number]), survey.probabilities[number]
     true_index = None if label < 0 else label
     class_names = [printable(name) for name in survey.class_names]
-    doubts = doubt(probabilities[None], np.array([label]))
+    is_multi_label = survey.network.is_multi_label
+    doubts = doubt(probabilities[None], np.array([label]), is_multi_label)
     of_classes = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
     return {
         "name": survey.name(number),
-        "verdict": verdict(class_names, probabilities, true_index),
+        "verdict": verdict(class_names, probabilities, true_index, is_multi_label),
         "own": label < 0,
         "true": true_index,
         "mistake": bool(doubts[0] < 0),
@@ -3421,16 +3664,17 @@ def _encoded(heatmap):
     return base64.b64encode(shares.tobytes()).decode(), float(f"{peak:.4g}")
 
 
-def _save_photos(output, paths, listed, progress):
+def _save_photos(output, paths, decode, listed, progress):
     """Write sheets of the photos, and one of thumbnails of the first `listed` ones.
 
-    Returns the entries of the sheets, and the width / height of each photo.
+    decode: see photo_reader. Returns the entries of the sheets, and the width / height of each
+    photo.
     """
     quality = 66 if len(paths) <= LISTED_PHOTOS else 50
     entries, ratios, thumbnails = [], [], []
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(paths), PHOTO_COLUMNS**2):
-            squares = pool.map(_squeezed, paths[start : start + PHOTO_COLUMNS**2])
+            squares = pool.map(partial(_squeezed, decode), paths[start : start + PHOTO_COLUMNS**2])
             tiles, some_ratios = zip(*squares, strict=True)
             path = output / f"photos_{len(entries) + 1}.jpg"
             entries.append(_save_tiles(path, np.stack(tiles), PHOTO_COLUMNS, quality))
@@ -3444,9 +3688,9 @@ def _save_photos(output, paths, listed, progress):
     return {"thumbnails": sheet, "photo_sheets": entries}, ratios
 
 
-def _squeezed(path):
+def _squeezed(decode, path):
     """A photo as a square of PHOTO_SIDE, and its width / height."""
-    photo = read_photo(path, at_least=PHOTO_SIDE)
+    photo = decode(path, at_least=PHOTO_SIDE)
     square = cv2.resize(photo, (PHOTO_SIDE, PHOTO_SIDE), interpolation=cv2.INTER_AREA)
     return square, max(0.001, round(photo.shape[1] / photo.shape[0], 3))
 
@@ -3865,9 +4109,8 @@ def require_photos(paths):
 
 
 def open_saved(options):
-    """The saved model, its class names, the test photos or None, and its record or None."""
-    model = load_model(options.model, options.image_size)
-    network = Network(model)
+    """The saved model's Network, its class names, the test photos or None, its record or None."""
+    network = Network(load_model(options.model, options.image_size), pixels=options.pixels)
     record_file = history_file(options.model)
     record = read_record(record_file)
     folder = options.data / "test"
@@ -3876,11 +4119,12 @@ def open_saved(options):
         test, source = None, record_file
         names = record["classes"] if record else names
     else:
-        test, names = open_split(folder, network.input_size, options.batch_size)
+        read = photo_reader(network.input_size, network.read_photo)
+        test, names = open_split(folder, network.input_size, options.batch_size, read=read)
         source = folder
     trained_names = record["classes"] if record else names
     _require_same_classes(options.model, network.class_count, trained_names, names, source)
-    return model, names, test, record
+    return network, names, test, record
 
 
 def _require_same_classes(model_file, count, trained_names, names, source):
@@ -3906,10 +4150,11 @@ def load_model(path, image_size):
         remedy = "Train one first (without --skip-training), or name another."
         raise Stop(f"--model {file}: no such file. {remedy}")
     try:
-        # Safe mode, which is Keras's default, runs no code from the file.
-        model = keras.saving.load_model(path, compile=False)
+        model = load_saved(path)
+    except Stop as stop:
+        raise Stop(f"--model {file}: {stop}") from stop
     except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        reason = printable(" ".join(str(error).split()))[:300]
+        reason = _failure(error)
         raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
     try:
         model = in_float32(model)
@@ -3921,8 +4166,107 @@ def load_model(path, image_size):
     except (Stop, AttributeError, TypeError, IndexError) as error:
         reason = str(error) if isinstance(error, Stop) else "its inputs are not photos"
         raise Stop(f"--model {file}: {reason}\nName another, or train one.") from error
-    _warn_if_saturated(network, file)
+    if network.remark:
+        print(f"--model {file}: {network.remark}")
     return model
+
+
+# A layer of ConvNeXt, the only one of keras.applications that Keras saves but cannot find again.
+CONVNEXT = sys.modules[keras.applications.ConvNeXtTiny.__module__]
+keras.saving.get_custom_objects()["LayerScale"] = CONVNEXT.LayerScale
+
+# What Keras 2 wrote of layers that do nothing with it, and Keras 3 refuses. groups: of 1.
+OLD_ARGUMENTS = (
+    "groups",
+    "rng_type",
+    "kernel_initializer",
+    "kernel_regularizer",
+    "kernel_constraint",
+    "batch_input_shape",
+)
+
+
+def load_saved(path):
+    """The Keras model of a .keras or .h5 file, also of one that Keras 2 wrote, uncompiled.
+
+    Raises Stop for one of Keras 2 that Keras 3 lacks the layers for, and whatever Keras raises for
+    other files that it cannot load.
+    """
+    try:
+        # Safe mode, which is Keras's default, runs no code from the file.
+        return keras.saving.load_model(path, compile=False)
+    except Exception:
+        old = _description(path)
+        new = _in_keras_3(old)
+        if new == old and "OpLambda" not in json.dumps(old):
+            raise
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, path.name)
+            _copy_with_description(path, copy, new)
+            return keras.saving.load_model(copy, compile=False)
+    except Exception as error:
+        raise Stop(
+            f"was saved by Keras 2; Keras 3 cannot load it: {_failure(error)}.\n"
+            "Build that model anew, call its load_weights() with this file, and save it as .keras."
+        ) from error
+
+
+def _failure(error):
+    """Why Keras could not load a file, without its dump of the configuration."""
+    text = printable(" ".join(str(error).split()))
+    text = text.rpartition("Exception encountered: ")[2]  # the innermost of several
+    text = re.split(r"\. |[.,:]? (?:using config|config)=", text)[0]
+    return text[:160].rstrip(".")
+
+
+def _description(path):
+    """The configuration of a saved model, as the file holds it."""
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("config.json"))
+    with h5py.File(path) as file:
+        return json.loads(file.attrs["model_config"])
+
+
+def _copy_with_description(path, copy, description):
+    """Write a saved model's file anew, with another configuration."""
+    text = json.dumps(description)
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as new:
+            for name in archive.namelist():
+                new.writestr(name, text if name == "config.json" else archive.read(name))
+    else:
+        shutil.copyfile(path, copy)
+        with h5py.File(copy, "r+") as file:
+            file.attrs["model_config"] = text
+
+
+def _in_keras_3(part):
+    """A part of a saved configuration as Keras 3 writes it, where Keras 2 wrote it otherwise."""
+    if isinstance(part, list):
+        return [_in_keras_3(it) for it in part]
+    if not isinstance(part, dict):
+        return part
+    part = {name: _in_keras_3(value) for name, value in part.items()}
+    config, kind = part.get("config"), part.get("class_name")
+    if not isinstance(config, dict) or not isinstance(kind, str):
+        return part
+    if "module" in part and kind == "Functional":
+        part["module"] = "keras.src.models.functional"  # as Keras 3 writes it
+    for ends in ("input_layers", "output_layers"):  # a list of one is more than the one in Keras 3
+        if len(config.get(ends, ())) == 1:
+            config[ends] = config[ends][0]
+    if isinstance(config.get("axis"), list) and len(config["axis"]) == 1:
+        config["axis"] = config["axis"][0]
+    layer = getattr(layers, kind, None)
+    if layer and config.get("groups", 1) == 1:
+        known = inspect.signature(layer.__init__).parameters
+        refused = set(OLD_ARGUMENTS) - set(known)
+        if kind == "InputLayer":
+            refused -= {"batch_input_shape"}
+        part["config"] = {name: value for name, value in config.items() if name not in refused}
+    return part
 
 
 def in_float32(model):
@@ -3937,15 +4281,77 @@ def in_float32(model):
     return model
 
 
-def _warn_if_saturated(network, file):
-    """Print a warning where the model's first activations do not tell black from white."""
-    size = (*network.input_size, 3)
-    black_and_white = np.stack([np.zeros(size, "float32"), np.full(size, 255, "float32")])
-    first = network.convolutions[0].activation
-    black, white = network.activations(black_and_white, [first])[0]
-    if np.allclose(black, white, rtol=1e-4, atol=1e-6):
-        print(f"Warning: {file}: its first activations are alike for a black and a white photo.")
-        print("It is fed 0–255 RGB; if it needs other numbers, let a Rescaling follow its input.")
+CHECKED_PHOTOS = 64
+FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more photos right
+SATURATED = 100  # no model is trained to logits that lie so far apart
+
+
+def warn_of_pixels(survey, name, option):
+    """Print a warning where a model was plainly trained on other pixels than it is fed.
+
+    Where classes are known, that is where others of PIXELS get more photos right than chance
+    explains, by a sign test on the photos that only one of the two gets right. Else it is where
+    only the present ones let the logits lie so far apart that all is certain. name: of the model.
+    option: a format of what chooses the pixels.
+    """
+    network, known = survey.network, np.flatnonzero(survey.labels >= 0)
+    among = known if len(known) else np.arange(len(survey.paths))
+    count = min(CHECKED_PHOTOS, len(among))
+    chosen = among[np.linspace(0, len(among) - 1, count).round().astype(int)]
+    right_now = survey.probabilities[chosen].argmax(1) == survey.labels[chosen]
+    if len(known) and np.sum(~right_now) < FEWEST_MENDED:
+        return
+    photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
+    logits = _logits_by_pixels(network, photos)
+    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
+    best = max(right, key=lambda pixels: right[pixels].sum())
+    more, fewer = np.sum(right[best] & ~right_now), np.sum(right_now & ~right[best])
+    if _is_no_chance(more, fewer):
+        print(
+            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
+            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
+        )
+        return
+    gaps = {pixels: np.median(np.ptp(_two_highest(it), axis=1)) for pixels, it in logits.items()}
+    gap = gaps.pop(network.pixels)
+    others = [
+        option.format(pixels)
+        for pixels in gaps
+        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
+    ]
+    if others and gap > SATURATED:
+        print(
+            f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
+            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
+            f"{', '.join(others)}"
+        )
+
+
+def _logits_by_pixels(network, photos):
+    """{pixels: (n, classes) logits} of photos (n, height, width, 3) for each of PIXELS."""
+    photo_shape = network.shapes[INPUT + 1]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *photo_shape))], autograph=False)
+    def logits_of(seen):
+        return network.compute(seen, [LOGITS], start=PHOTO, folded=True)[0]
+
+    found = {}
+    for pixels in PIXELS[:3] if network.is_grey else PIXELS:
+        seen = _first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))[0]
+        pieces = [seen[k : k + PHOTOS_AT_ONCE] for k in range(0, len(photos), PHOTOS_AT_ONCE)]
+        found[pixels] = np.concatenate([logits_of(piece).numpy() for piece in pieces])
+    return found
+
+
+def _is_no_chance(more, fewer):
+    """Whether a sign test takes it for no chance that so many of more + fewer differ one way."""
+    from scipy.stats import binomtest  # which takes a second to load
+
+    return more > fewer and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001
+
+
+def _two_highest(logits):
+    return np.sort(logits, axis=1)[:, -2:]
 
 
 def without_folders(words):
