@@ -796,19 +796,17 @@ def test_bins_of_confidence_hold_how_often_the_model_is_right(tested):
     assert found["error"] == pytest.approx(distance, abs=2e-4)
 
 
-def test_the_training_photos_most_alike_are_those_of_the_nearest_feature_means(folder):
-    """The others are the training photos here, and one that does not decode."""
-    drawn = draw(folder, "alike", {"ruby/b.png": TEST_PHOTOS["ruby/b.png"]})
-    (known,) = drawn.known.values()
-    assert drawn.run["training"] is None and known.is_mistake
+def test_the_training_photos_most_alike_are_those_of_the_nearest_feature_means(folder, tested):
+    """They are the test photos, and one that does not decode."""
+    assert tested.run["training"] is None
     training = write_photos(folder / "train", TEST_PHOTOS)
     (folder / "train" / "ruby" / "z.png").write_bytes(b"no photo")
     paths = [*(it.path for it in training), folder / "train" / "ruby" / "z.png"]
     labels = [*(it.label for it in training), 0]
     photo = {"ruby/b.png": TEST_PHOTOS["ruby/b.png"]}
     drawn = draw(folder, "alike", photo, training=(paths, labels))
-    facts = drawn.run["training"]
-    assert facts["count"] == 9
+    facts, (known,) = drawn.run["training"], drawn.known.values()
+    assert facts["count"] == 9 and known.is_mistake
     (like,) = facts["like"]
     assert [k for k, _ in like] == [known.predicted, known.label]
 
