@@ -965,6 +965,19 @@ def test_the_report_holds_the_metrics_in_the_lines_of_their_classes():
     assert of_class["rose"] == ["0.67", "0.80", "5"]
     assert of_class["tulip"][1:] == ["0.00", "1"] and "nan" not in of_class["tulip"][0]
     assert "daisy" in lines[5] and "rose" in lines[5] and "tulip" not in lines[5]
+    assert "calibration" in lines[6] and "10 bins" in lines[6]
+
+
+def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy():
+    # Of ten photos, four at 0.6 (one right), five at 0.9 (all right), one at 1 (wrong).
+    sure = np.array([0.6] * 4 + [0.9] * 5 + [1.0])
+    labels = np.array([0, 1, 1, 1, 0, 0, 0, 0, 0, 1])
+    evaluation = study.Evaluation(["a", "b"], labels, np.column_stack([sure, 1 - sure]))
+    expected = 0.4 * (0.6 - 0.25) + 0.5 * (1 - 0.9) + 0.1 * (1 - 0)
+    assert study.calibration_error(evaluation) == pytest.approx(expected)
+    bins = study.reliability(evaluation)
+    assert bins[[5, 8, 9]].round(6).tolist() == [[4, 2.4, 1], [5, 4.5, 5], [1, 1, 0]]
+    assert bins.sum() == pytest.approx(10 + sure.sum() + 6)
 
 
 @pytest.mark.parametrize(("correct", "warned"), [(60, True), (65, False)])
