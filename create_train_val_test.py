@@ -1091,25 +1091,25 @@ def align_thumbnails(one, other):
 def look_closer(one, other, start):
     """Whether two close views show one picture, and whether in the same colours.
 
-    start: the map of align_thumbnails. An alignment may lose its way where there is fine texture,
-    so they are also compared as they are.
+    start: the map of align_thumbnails. They are compared as they are first, as an alignment may
+    lose its way where there is fine texture.
     """
     import cv2
 
     one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
     grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
-    scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
-    ways = (
-        (lambda: np.eye(2, 3, dtype=np.float32), IN_PLACE),
-        (lambda: _align(grey_one, grey_other, start * scale), ALIGNED),
-    )
-    for find_map, limits in ways:
-        warp = find_map()
-        if warp is not None:
-            inside = _moved(np.full_like(grey_one, 255), warp) == 255
-            if _same_detail(grey_one, _moved(grey_other, warp), inside, *limits):
-                return True, _same_colours(one, _moved(other, warp), inside)
-    return False, False
+
+    def compare(warp, limits):
+        inside = _moved(np.full_like(grey_one, 255), warp) == 255
+        is_same = _same_detail(grey_one, _moved(grey_other, warp), inside, *limits)
+        return is_same, is_same and _same_colours(one, _moved(other, warp), inside)
+
+    result = compare(np.eye(2, 3, dtype=np.float32), IN_PLACE)
+    if not result[0]:
+        scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
+        warp = _align(grey_one, grey_other, start * scale)
+        result = result if warp is None else compare(warp, ALIGNED)
+    return result
 
 
 def _align(one, other, start):
@@ -1195,37 +1195,19 @@ def _same_colours(one, other, inside):
 def parse_options(words=None):
     """Read and check the command line, or the words of one."""
     summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
-    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=summary, allow_abbrev=False, formatter_class=shows_defaults
+    )
     add = parser.add_argument
-    add(
-        "source",
-        nargs="?",
-        type=Path,
-        default="flowers",
-        metavar="SOURCE",
-        help="one folder of photos per class (default: flowers)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=".",
-        metavar="DIR",
-        help="where the three folders go (default: here)",
-    )
-    add("--val-size", type=float, default=0.15, help="share of the photos (default: 0.15)")
-    add(
-        "--test-size",
-        type=float,
-        default=0.2,
-        help="share of what validation leaves (default: 0.2)",
-    )
-    add("--seed", type=int, default=0, help="another seed, another split (default: 0)")
-    add(
-        "--copies",
-        choices=("similar", "identical"),
-        default="similar",
-        help="what are copies: what looks the same, or the same bytes only (default: similar)",
-    )
+    share, path = {"type": float}, {"type": Path}
+    add("source", nargs="?", default="flowers", metavar="SOURCE", **path, help="photos by class")
+    add("--output", default=".", metavar="DIR", **path, help="where the three folders go")
+    add("--val-size", default=0.15, **share, help="share of the photos")
+    add("--test-size", default=0.2, **share, help="share of what validation leaves")
+    add("--seed", default=0, type=int, help="another seed, another split")
+    kinds = ("similar", "identical")
+    add("--copies", default=kinds[0], choices=kinds, help="what looks the same, or same bytes only")
     add("--overwrite", action="store_true", help="replace the split that is in DIR")
     add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
     add("--link", action="store_true", help="make hard links instead of copies")
