@@ -1195,19 +1195,37 @@ def _same_colours(one, other, inside):
 def parse_options(words=None):
     """Read and check the command line, or the words of one."""
     summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
-    shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=summary, allow_abbrev=False, formatter_class=shows_defaults
-    )
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
     add = parser.add_argument
-    share, path = {"type": float}, {"type": Path}
-    add("source", nargs="?", default="flowers", metavar="SOURCE", **path, help="photos by class")
-    add("--output", default=".", metavar="DIR", **path, help="where the three folders go")
-    add("--val-size", default=0.15, **share, help="share of the photos")
-    add("--test-size", default=0.2, **share, help="share of what validation leaves")
-    add("--seed", default=0, type=int, help="another seed, another split")
-    kinds = ("similar", "identical")
-    add("--copies", default=kinds[0], choices=kinds, help="what looks the same, or same bytes only")
+    add(
+        "source",
+        nargs="?",
+        type=Path,
+        default="flowers",
+        metavar="SOURCE",
+        help="one folder of photos per class (default: flowers)",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=".",
+        metavar="DIR",
+        help="where the three folders go (default: here)",
+    )
+    add("--val-size", type=float, default=0.15, help="share of the photos (default: 0.15)")
+    add(
+        "--test-size",
+        type=float,
+        default=0.2,
+        help="share of what validation leaves (default: 0.2)",
+    )
+    add("--seed", type=int, default=0, help="another seed, another split (default: 0)")
+    add(
+        "--copies",
+        choices=("similar", "identical"),
+        default="similar",
+        help="what are copies: what looks the same, or the same bytes only (default: similar)",
+    )
     add("--overwrite", action="store_true", help="replace the split that is in DIR")
     add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
     add("--link", action="store_true", help="make hard links instead of copies")
