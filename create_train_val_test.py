@@ -1025,7 +1025,7 @@ def _remove_partial_files(path):
 MIN_THUMBNAIL_CORRELATION = 0.84
 # Of the blocks with detail a share may differ, as a watermark covers some, and the others must
 # correlate: more closely where the pictures lie on each other as they are.
-IN_PLACE, ALIGNED = (0.3, 0.95), (0.2, 0.87)
+IN_PLACE, ALIGNED = (0.27, 0.955), (0.2, 0.87)
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 2.0  # grey levels of 255 (standard deviation) of a block that has detail
 WHITE = 250  # from where a brighter copy may have lost its detail
