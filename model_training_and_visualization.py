@@ -4,18 +4,22 @@
     python model_training_and_visualization.py
 
 The chapter follows a run: 1 photos, 2 model, 3 training, 4 evaluation, 5 activation grids, 6 filter
-patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 everything drawn. The workshop behind it
-holds the tools, and may be skipped. Three techniques work on their own, for any functional or
-Sequential Keras classifier that takes 0–255 RGB (or the Network of another), and return arrays:
+patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 concepts, 10 everything drawn. The workshop
+behind it holds the tools, and may be skipped. Four techniques work on their own, for any functional
+or Sequential Keras classifier that takes 0–255 RGB (or the Network of another), and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
     filter_patterns(model, "conv2d_39", range(64))
     grad_cam(model, photo, "mixed10", class_index=2)
+    concepts(model, photos)
 """
 
 import argparse
 import base64
 import contextlib
+import csv
+import hashlib
+import http.client
 import importlib
 import inspect
 import io
@@ -24,13 +28,15 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -62,6 +68,11 @@ AUGMENTATION = {
     "height_shift_range": 0.2,
     "horizontal_flip": True,
 }
+DEFAULTS = {"weights": "imagenet", "image_size": 299, "batch_size": 32, "epochs": 10}
+# --quick: at 235 pixels a heatmap has 6 × 6 positions; with 5 × 5 of them, at 203 pixels, it was no
+# better than a guess at the middle of the photo. From scratch it takes more epochs.
+QUICK = {"weights": "imagenet", "image_size": 235, "batch_size": 16, "epochs": 2}
+QUICK_FROM_SCRATCH = {"weights": "none", "image_size": 139, "batch_size": 16, "epochs": 8}
 # In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
 GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
@@ -76,6 +87,7 @@ def main(options, build=None, **pattern_settings):
     blocks. pattern_settings: see draw_survey.
     """
     prepare_libraries()
+    tell_of_unused_gpu(tf.config.list_physical_devices("GPU"))
     require_writable(options.output)
     require_photos(options.photos)
     if options.skip_training:
@@ -85,12 +97,15 @@ def main(options, build=None, **pattern_settings):
     try:
         photos, labels = photos_and_labels(options.photos, test)
         read = test.read if test else None
-        survey = survey_photos(network_of(model), photos, labels, class_names, read)
+        network, seed = network_of(model), options.seed
+        survey = survey_photos(network, photos, labels, class_names, read, seed)
         if options.skip_training:
             warn_of_pixels(survey, printable(options.model.name), "--pixels {}")
         report(survey, options)
         command = pasteable("python", *without_folders(sys.argv))
-        draw_survey(survey, options.output, record, command, options.seed, **pattern_settings)
+        training = training_photos(options.data / "train", class_names)
+        settings = {"seed": seed, "training": training} | pattern_settings
+        draw_survey(survey, options.output, record, command, **settings)
     except KeyboardInterrupt:
         print(f"\nThe model is saved in {printable(options.model)}; --skip-training draws it.")
         raise
@@ -123,7 +138,16 @@ def parse_options(words=None):
         metavar="FILE",
         help="where the model is saved, or drawn from (default: inceptionv3.keras)",
     )
-    add("--skip-training", action="store_true", help="draw from the saved model in --model")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look in minutes: smaller photos, fewer epochs, from scratch where ImageNet's "
+        "weights cannot be had",
+    )
+    way.add_argument(
+        "--skip-training", action="store_true", help="draw from the saved model in --model"
+    )
     add(
         "--pixels",
         default=PIXELS[0],
@@ -141,16 +165,14 @@ def parse_options(words=None):
     )
     add(
         "--weights",
-        default="imagenet",
         metavar="START",
         help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
     )
-    add("--epochs", type=int, default=10, metavar="N", help="of all phases (default: 10)")
-    add("--batch-size", type=int, default=32, metavar="N", help="photos a step (default: 32)")
+    add("--epochs", type=int, metavar="N", help="of all phases (default: 10)")
+    add("--batch-size", type=int, metavar="N", help="photos a step (default: 32)")
     add(
         "--image-size",
         type=int,
-        default=299,
         metavar="N",
         help="side of the model's square input, if the model leaves it open (default: 299)",
     )
@@ -174,7 +196,13 @@ def parse_options(words=None):
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
     _check_options(parser, options)
-    return options
+    return options if options.quick else completed(options, DEFAULTS)
+
+
+def completed(options, settings):
+    """The options, with these settings where nothing was given."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**vars(options) | settings | given)
 
 
 def _check_options(parser, options):
@@ -201,6 +229,50 @@ def _check_options(parser, options):
         parser.error(f"argument --model: {file} is a folder; name a file")
 
 
+# TensorFlow writes these when it is loaded, whatever its settings say, and they mean nothing here.
+START_UP_LINES = (
+    "WARNING: All log messages before absl::InitializeLog",
+    "oneDNN custom operations are on",
+    "Could not find cuda drivers on your machine",
+)
+KEEPER = """
+import os, sys
+text = b""
+while not text.endswith(b"\\0"):
+    part = os.read(0, 65536)
+    if not part:  # the other side has crashed
+        break
+    text += part
+known = [words.encode() for words in sys.argv[1:]]
+lines = text.removesuffix(b"\\0").splitlines(keepends=True)
+harmless = all(any(words in line for words in known) for line in lines)
+if not (text.endswith(b"\\0") and harmless):
+    os.write(2, b"".join(lines))
+"""
+
+
+@contextlib.contextmanager
+def without_lines(known):
+    """Keep what comes on the standard error, and pass it on whole unless every line is known.
+
+    known: words, of which each line that is known holds some. Another process keeps the text, so
+    that it comes even if this one crashes, as TensorFlow does on a processor that it cannot use.
+    """
+    command = [sys.executable, "-I", "-S", "-c", KEEPER, *known]
+    # A session of its own, as Ctrl-C would end it too.
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    stderr = os.dup(2)
+    os.dup2(keeper.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        keeper.communicate(b"\0")
+
+
+@without_lines(START_UP_LINES)
 def _load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
@@ -239,6 +311,7 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 import rich.progress
+import scipy.sparse.linalg
 import tensorflow as tf
 from keras import layers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -446,13 +519,12 @@ def build_model(class_count, image_size, weights):
 
 def _backbone(scaled, weights):
     """InceptionV3 without its top on scaled photos, with the weights that build_model is given."""
-    inception = partial(keras.applications.InceptionV3, include_top=False, input_tensor=scaled)
     if weights == "imagenet":
         try:
-            return inception(weights="imagenet")  # which Keras downloads once
-        except Exception as error:  # a bare Exception where Keras cannot reach the address
-            raise Stop(_imagenet_failure(), exit_code=1) from error
-    base = inception(weights=None)
+            weights = imagenet_weights()
+        except OSError as error:
+            raise Stop(_imagenet_failure(error), exit_code=1) from error
+    base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
     if weights != "none":
         return load_backbone_weights(base, Path(weights))
     if base.output.shape[1] < FEWEST_POSITIONS:
@@ -460,14 +532,12 @@ def _backbone(scaled, weights):
     return base
 
 
-def _imagenet_failure():
-    """The message where ImageNet's weights cannot be fetched: the address, and other choices."""
-    address = sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
-    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-    file = home / "models" / address.rpartition("/")[2]
+def _imagenet_failure(error):
+    """The message where ImageNet's weights cannot be fetched: where from, why, other choices."""
+    address = imagenet_address()
     return (
-        f"ImageNet's weights cannot be fetched from {address}\n"
-        f"Put that file by hand at {printable(file)},\n"
+        f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
+        f"Put that file by hand at {printable(cached_file(address))},\n"
         "or start from a file with --weights FILE, or from scratch with --weights none."
     )
 
@@ -679,6 +749,8 @@ def train_and_save(options, build=build_model):
     """Train, and save the model of the best epoch. Returns what open_saved returns."""
     require_writable(options.model.parent)
     require_whole_split(options.data)
+    if options.quick:
+        options = quick_options(options)
     size = (options.image_size, options.image_size)
     splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
     phases = training_phases(
@@ -916,6 +988,8 @@ def evaluation_report(evaluation):
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
     if not evaluation.is_multi_label:
         lines.append(most_confused(evaluation.confusion, names))
+        error = calibration_error(evaluation)
+        lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
     if evaluation.is_no_better_than_chance:
         lines.append(
             "Warning: this accuracy is no better than chance; train longer, on more photos."
@@ -952,6 +1026,32 @@ def most_confused(confusion, names):
     if len(pairs) == 1:
         return f"Most confused: {named}, {photos} of {confusion[pairs[0]].sum()} photos."
     return f"Most confused: {named}, {photos} {'photo' if photos == 1 else 'photos'} each."
+
+
+CONFIDENCE_BINS = 10  # of the same width, from 0 to 1
+
+
+def reliability(evaluation):
+    """How often the model is right when it is so sure: (CONFIDENCE_BINS, 3).
+
+    For each bin of confidence, the probability of the predicted class, its number of photos, the
+    sum of their confidences, and how many of them are right. A bin holds its upper end.
+    """
+    confidence = evaluation.probabilities.max(1).astype(float)
+    bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
+    columns = np.column_stack([np.ones(len(bins)), confidence, evaluation.correct])
+    sums = np.zeros((CONFIDENCE_BINS, 3))
+    np.add.at(sums, bins, columns)
+    return sums
+
+
+def calibration_error(evaluation):
+    """The mean distance of confidence and accuracy, bin by bin: 0 where it is as sure as it should.
+
+    Guo et al., "On Calibration of Modern Neural Networks" (2017).
+    """
+    counts, confidences, right = reliability(evaluation).T
+    return float(np.abs(confidences - right).sum() / counts.sum())
 
 
 @dataclass(frozen=True)
@@ -1334,8 +1434,7 @@ EXAMPLE_PATCHES = 5
 PATCH_SIDE = 160  # pixels, also of the pattern beside it
 
 
-@dataclass(frozen=True)
-class Peaks:
+class Peaks(NamedTuple):
     """Where in each of n photos the filters of a layer fire most."""
 
     values: np.ndarray  # (n, filters), the highest activation
@@ -1359,15 +1458,24 @@ def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
 def most_selective(peaks, count=EXAMPLE_FILTERS):
     """Numbers of the filters whose best photos stand out most, the most selective first.
 
-    Measured by how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all
-    photos, in standard deviations of the peaks. A filter that fires on no photo is left out.
+    A filter that fires on no photo is left out.
+    """
+    selectivity = selectivity_of(peaks)
+    ranking = np.argsort(-selectivity, kind="stable")[:count]
+    return [int(index) for index in ranking if selectivity[index] >= 0]
+
+
+def selectivity_of(peaks):
+    """How far a filter's best photos stand out: (filters,); -1 where it fires on no photo.
+
+    It is how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all photos, in
+    standard deviations of the peaks.
     """
     best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
     spread = peaks.values.std(0)
     selectivity = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
     selectivity[(best <= 0) | (spread < 1e-12)] = -1
-    ranking = np.argsort(-selectivity, kind="stable")[:count]
-    return [int(index) for index in ranking if selectivity[index] >= 0]
+    return selectivity
 
 
 def cut_patch(photo, size, field, position, side=PATCH_SIDE):
@@ -1381,12 +1489,7 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     start = np.floor((middle - reach) * to_photo + 1e-6).astype(int).clip(0)
     end = np.ceil((middle + reach) * to_photo - 1e-6).astype(int).clip(start + 1)
     seen = photo[start[0] : end[0], start[1] : end[1]]
-    height, width = np.maximum(1, np.round(side / max(seen.shape) * np.array(seen.shape[:2])))
-    seen = cv2.resize(seen, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-    patch = np.full((side, side, 3), BACKGROUND, "uint8")
-    top, left = (side - seen.shape[0]) // 2, (side - seen.shape[1]) // 2
-    patch[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
-    return patch
+    return in_square(seen, side)
 
 
 def draw_examples(output, network, patterns, peaks, paths):
@@ -1406,15 +1509,15 @@ def draw_examples(output, network, patterns, peaks, paths):
         for k in top_photos(peaks, number):
             photo, position = network.read_photo(paths[k]), peaks.positions[k, number]
             patch = cut_patch(photo, network.input_size, field, position)
-            patches.append((patch, float(peaks.values[k, number])))
-        rows.append(patches)
+            patches.append((patch, f"{peaks.values[k, number]:.2f}"))
+        rows.append([(patterns.pictures[number], ""), *patches])
     caption = (
         f"What fires {convolution}: {len(filters)} of its {convolution.channels} filters, the most "
         f"selective first\nnumber, pattern, and the patches of {len(paths)} photos that "
         "fire it most, with the activation"
     )
     file = f"conv2d_{convolution.number}_examples.jpg"
-    save_examples(output / file, filters, patterns.pictures[filters], rows, caption)
+    save_rows(output / file, [str(number) for number in filters], rows, caption)
     return [Picture(file, caption)]
 
 
@@ -1428,7 +1531,10 @@ def draw_examples(output, network, patterns, peaks, paths):
 # positions lie, and judged by deletion: how far the probability falls when what it marks is blurred
 # away, beside a part of the same size in the middle of the photo, the control.
 
+ALL_CLASSES = 10  # so many classes have all a heatmap of each photo; of more,
+PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
+PLACES = 6  # rows and columns of a photo's places that are covered one by one
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
 
 
@@ -1454,18 +1560,32 @@ def uncut_grad_cam(forward, inputs, classes):
     forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
     or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
     """
+    found = channel_weights(forward, inputs, classes)
+    return [weighted_sum(feature_maps, weights) for feature_maps, weights in found]
+
+
+def channel_weights(forward, inputs, classes):
+    """Grad-CAM's weights of the channels, for k classes of n photos: for each layer a pair.
+
+    Its feature maps (n, h, w, channels), and (n, k, channels), how much each channel raises the
+    logit: its gradient's mean over the positions. The arguments are those of uncut_grad_cam.
+    """
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(inputs)
         *features, logits = forward(inputs)
         # A photo changes only its own logit, so the gradient of the sum is each photo's own.
         sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
-    uncut = [[] for _ in features]
+    weights = [[] for _ in features]
     for logit_sum in sums:
         gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
-        for of_layer, feature_maps, gradient in zip(uncut, features, gradients, strict=True):
-            weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
-            of_layer.append(tf.reduce_sum(weights * feature_maps, axis=-1).numpy())
-    return [np.stack(of_layer, axis=1) for of_layer in uncut]
+        for of_layer, gradient in zip(weights, gradients, strict=True):
+            of_layer.append(tf.reduce_mean(gradient, axis=(1, 2)).numpy())
+    return [(features[k], np.stack(of_layer, axis=1)) for k, of_layer in enumerate(weights)]
+
+
+def weighted_sum(feature_maps, weights):
+    """Feature maps (n, h, w, channels) summed with (n, k, channels) weights: (n, k, h, w)."""
+    return tf.einsum("nhwc,nkc->nkhw", feature_maps, weights).numpy()
 
 
 def place_heatmap(heatmap, field, size):
@@ -1499,26 +1619,47 @@ class Deletion(NamedTuple):
     without_central: float  # the control: a part of the same size in the middle
 
 
-def deletion_of(network, explanation):
-    """The Deletion of the heatmap of an Explanation."""
+def deletion_of(network, explanation, predict=None):
+    """The Deletion of the heatmap of an Explanation. predict: see probabilities_without."""
     size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
     hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
     central = top_fraction(centred_blob(size))
-    without = probabilities_without(network, [explanation.pixels] * 2, [hottest, central])
+    masks, predict = [hottest, central], predict or network.probabilities
+    without = probabilities_without(predict, [explanation.pixels] * 2, masks)
     of_class = [explanation.probabilities, *without]
     return Deletion(*(float(it[explanation.class_index]) for it in of_class))
 
 
-def probabilities_without(network, photos, masks):
+def probabilities_without(predict, photos, masks):
     """Probabilities (n, classes) of n (height, width, 3) photos, each with its mask blurred away.
 
-    masks: (height, width) booleans. What is blurred still has its colour, but no shape.
+    predict: a function of photos (n, height, width, 3), such as Network.probabilities. masks:
+    (height, width) booleans. What is blurred still has its colour, but no shape.
     """
-    without = []
-    for photo, mask in zip(photos, masks, strict=True):
-        blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
-        without.append(np.where(mask[..., None], blurred, photo))
-    return network.probabilities(np.stack(without))
+    blurred = {
+        id(photo): cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
+        for photo in {id(photo): photo for photo in photos}.values()
+    }
+    pairs = zip(photos, masks, strict=True)
+    without = [np.where(mask[..., None], blurred[id(photo)], photo) for photo, mask in pairs]
+    return predict(np.stack(without))
+
+
+def probabilities_without_places(predict, photo):
+    """Probabilities of a photo with one place blurred away: (PLACES, PLACES, classes).
+
+    The places are rectangles of the same size, with plain edges, that fill the (height, width, 3)
+    photo: Zeiler and Fergus (2013), who cover them in grey. predict: see probabilities_without.
+    """
+    height, width = photo.shape[:2]
+    row_of, column_of = np.arange(height) * PLACES // height, np.arange(width) * PLACES // width
+    masks = [
+        (row_of == row)[:, None] & (column_of == column)
+        for row in range(PLACES)
+        for column in range(PLACES)
+    ]
+    without = probabilities_without(predict, [photo] * len(masks), masks)
+    return without.reshape(PLACES, PLACES, -1)
 
 
 def top_fraction(heatmap, fraction=DELETED_FRACTION):
@@ -1625,11 +1766,15 @@ def most_probable(probabilities):
 
 
 def _classes_in_question(probabilities, labels):
-    """(n, 3) class indices for each photo: the two most probable ones, then the true one.
+    """(n, k) class indices for each photo: of up to ALL_CLASSES all, the most probable first; of
+    more the PROBABLE_CLASSES most probable, then the true one.
 
     labels: true class indices; where one is -1, not known, the most probable stands for it.
     """
-    probable = most_probable(probabilities)[:, :2]
+    ranking = most_probable(probabilities)
+    if ranking.shape[1] <= ALL_CLASSES:
+        return ranking
+    probable = ranking[:, :PROBABLE_CLASSES]
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
@@ -1669,9 +1814,12 @@ def deletion_caption(explanation):
     elif without_hottest < without_central + DELETION_MARGIN:
         judgement = "The same as a guess here."
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
+    # A third digit where two would hide which of them is lower.
+    digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
+    before, hottest, central = (f"{it:.{digits}f}" for it in explanation.deletion)
     return (
-        f"Without the hottest {part}: P({name}) {before:.2f} → {without_hottest:.2f}; "
-        f"without a central {part}: {without_central:.2f}. {judgement}"
+        f"Without the hottest {part}: P({name}) {before} → {hottest}; "
+        f"without a central {part}: {central}. {judgement}"
     )
 
 
@@ -1762,7 +1910,302 @@ def draw_mistakes(output, network, explanations):
     return [Picture("CAM_mistakes.jpg", caption)]
 
 
-# ---- 9. Everything drawn -------------------------------------------------------------------------
+# ---- 9. Concepts: what the evidence for a class is made of ---------------------------------------
+# A heatmap tells where something speaks for a class, not what it is. Single channels do not tell
+# either, as hundreds of them share the work. But they fire in company: at each position the
+# channels of the last layer are nearly a sum of a few *concepts*, each a set of channels that fire
+# together, such as a white seed ball or the whorl of a rose. Non-negative matrix factorization
+# finds them ("The Building Blocks of Interpretability", Olah et al., 2018; CRAFT, Fel et al.,
+# 2023). What a concept adds to the logit of a class is its share, in which Grad-CAM's sum over the
+# positions falls apart.
+
+CONCEPT_COUNTS = (6, 10, 16, 24)  # the first of these that keeps CONCEPTS_KEEP is taken
+CONCEPTS_KEEP = 0.95  # of the photos must keep their predicted class on the concepts alone
+CONCEPT_PHOTOS = 300  # in which concepts are looked for, chosen by seed
+FACTORIZATION_STEPS = 15  # more explain hardly more
+CONCEPTS_A_CLASS = 3  # drawn, the strongest ones
+CONCEPTS_A_PHOTO = 4
+CLASSES_DRAWN = 10  # at most, on the sheet of concepts
+SMALLEST_PART = 0.05  # of what speaks for a class: what makes up less is not named
+CONCEPT_EXAMPLES = 5  # photos beside a concept that hold most of it
+DARKEST = 0.15  # brightness of a photo where a concept does not lie
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What the feature maps of a layer are made of, the strongest concept first."""
+
+    vectors: np.ndarray  # (k, channels) float32 >= 0, of length 1
+    maps: np.ndarray  # (n, h, w, k) float32 >= 0: how strong each is in the photos it was found in
+    explained: float  # share of the activations' squares that the sum of the concepts makes up
+    kept: float  # share of the photos whose predicted class the sum alone keeps
+
+
+def concepts(model, photos, count=None):
+    """The Concepts of a model in these photos.
+
+    model: a Keras model or a Network. photos: (height, width, 3) RGB each, 0–255, of any size.
+    count: how many; without it the fewest of CONCEPT_COUNTS that are true to CONCEPTS_KEEP.
+    """
+    network = network_of(model)
+    layer = [network.heatmap_layer]
+    found = [network.activations(network.as_batch(photo), layer)[0] for photo in photos]
+    return factorize(network, np.concatenate(found), count)
+
+
+def factorize(network, feature_maps, count=None):
+    """The Concepts in feature maps (n, h, w, channels) of the network's last layer with positions.
+
+    What is negative in them is left out. There are no concepts where that leaves nothing.
+    """
+    activations = np.maximum(0, feature_maps).reshape(-1, feature_maps.shape[-1])
+    most = min(activations.shape) - 1
+    if most < 1 or not activations.any():
+        nothing = np.zeros((0, feature_maps.shape[-1]), "float32")
+        return Concepts(nothing, feature_maps @ nothing.T, explained=0.0, kept=0.0)
+    counts = sorted({min(it, most) for it in ([count] if count else CONCEPT_COUNTS)})
+    start = _singular_vectors(activations, counts[-1])
+    predicted = _logits_of(network, feature_maps).argmax(1)
+    for count in counts:
+        vectors = _non_negative_factor(activations, *(it[:count] for it in start))
+        maps = concept_maps(feature_maps, vectors)
+        sums = maps @ vectors
+        kept = np.mean(_logits_of(network, sums).argmax(1) == predicted)
+        if kept >= CONCEPTS_KEEP:
+            break
+    order = np.argsort(-maps.sum((0, 1, 2)), kind="stable")
+    missing = np.sum((feature_maps - sums) ** 2) / np.sum(feature_maps**2)
+    return Concepts(vectors[order], maps[..., order], float(1 - missing), float(kept))
+
+
+def concept_maps(feature_maps, vectors, steps=30):
+    """How strong each concept is at each position: (n, h, w, k) float32 >= 0.
+
+    The non-negative sum of the (k, channels) vectors that is nearest to feature maps
+    (n, h, w, channels), found one concept after the other.
+    """
+    products, overlaps = feature_maps @ vectors.T, vectors @ vectors.T
+    maps = np.maximum(0, products)
+    for _ in range(steps):
+        _improve(maps, products, overlaps)
+    return maps
+
+
+def _non_negative_factor(activations, left, right):
+    """The (k, channels) vectors of length 1 of which (n, channels) activations are sums.
+
+    left: (k, n) and right: (k, channels), how to start. Alternating least squares, one concept
+    after the other (HALS, Cichocki and Phan, 2009), which get as far in ten steps as the usual
+    multiplicative updates in sixty.
+    """
+    weights, vectors = left.T.copy(), right.T.copy()
+    for _ in range(FACTORIZATION_STEPS):
+        _improve(weights, activations @ vectors, vectors.T @ vectors)
+        _improve(vectors, activations.T @ weights, weights.T @ weights)
+        lengths = np.linalg.norm(vectors, axis=0).clip(1e-12)
+        vectors /= lengths
+        weights *= lengths
+    return vectors.T
+
+
+def _improve(weights, products, overlaps):
+    """A step of least squares: each column of (…, k) weights in turn takes its best value >= 0."""
+    for k in range(len(overlaps)):
+        missing = products[..., k] - weights @ overlaps[k]
+        weights[..., k] += missing / max(overlaps[k, k], 1e-12)
+        np.maximum(0, weights[..., k], out=weights[..., k])
+
+
+def _singular_vectors(activations, count):
+    """Non-negative (count, n) and (count, channels) to start from.
+
+    Of each of the first singular pairs the part, positive or negative, that holds more (NNDSVD,
+    Boutsidis and Gallopoulos, 2008).
+    """
+    same_start = np.ones(min(activations.shape), "float32")
+    left, strengths, right = scipy.sparse.linalg.svds(activations, count, v0=same_start)
+    pairs = []
+    for column, strength, row in zip(left.T[::-1], strengths[::-1], right[::-1], strict=True):
+        of_signs = [(np.maximum(0, sign * column), np.maximum(0, sign * row)) for sign in (1, -1)]
+        lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in of_signs]
+        better = int(lengths[1] > lengths[0])
+        one, other = of_signs[better]
+        # A little everywhere: what is 0 is so for no reason that would last.
+        pairs.append((strength * one + 1e-6, other + 1e-6))
+    return tuple(np.stack(parts).astype("float32") for parts in zip(*pairs, strict=True))
+
+
+def _logits_of(network, feature_maps):
+    """The logits (n, classes) of feature maps (n, h, w, channels) of the last layer."""
+    feature_maps = tf.constant(feature_maps)
+    (logits,) = network.compute(feature_maps, [LOGITS], start=network.heatmap_layer)
+    return logits.numpy()
+
+
+def concept_shares(model, photo, found, class_index):
+    """What each of the found Concepts adds to the logit of a class on a photo, and the rest.
+
+    Returns (k,) float32 shares, in units of the logit, and the share of what no concept makes up:
+    together they are the sum of the uncut Grad-CAM heatmap. Where the features go through a mean
+    and one Dense layer, they are the logit without its bias.
+    """
+    network = network_of(model)
+    last = network.heatmap_layer
+    forward = partial(network.compute, names=[last, LOGITS])
+    classes = np.array([[class_index]])
+    ((feature_maps, weights),) = channel_weights(forward, network.as_batch(photo), classes)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    shares = _shares_of_classes(weights, found.vectors, maps)[0, 0]
+    whole = np.sum(weights[0, 0] * feature_maps.numpy().sum((0, 1, 2)))
+    return shares, float(whole - shares.sum())
+
+
+def _shares_of_classes(weights, vectors, maps):
+    """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
+    return weights @ vectors.T * maps.sum((1, 2))[:, None]
+
+
+def parts_of_evidence(shares, whole):
+    """What part of all that speaks for a class each share, (k,), makes up; below 0: against it.
+
+    whole: the sum of the uncut heatmap. What no concept makes up is a share too.
+    """
+    rest = whole - shares.sum()
+    return shares / max(np.maximum(0, [*shares, rest]).sum(), 1e-12)
+
+
+def logit_falls(network, feature_maps, found, concept, class_index):
+    """(n,) how far a class's logit falls without a concept in feature maps (n, h, w, channels)."""
+    maps = concept_maps(feature_maps, found.vectors)
+    without = feature_maps - maps[..., concept, None] * found.vectors[concept]
+    falls = _logits_of(network, feature_maps) - _logits_of(network, without)
+    return falls[:, class_index]
+
+
+class ClassConcept(NamedTuple):
+    """A concept in the photos of a class, on average."""
+
+    concept: int
+    part: float  # of all that speaks for the class
+    fall: float  # of the class's logit without the concept
+
+
+def class_concepts(survey, class_index):
+    """The ClassConcepts of a class, the strongest first: up to CONCEPTS_A_CLASS.
+
+    Those that make up less than SMALLEST_PART are left out.
+    """
+    photos = np.flatnonzero(survey.class_indices == class_index)
+    of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
+    if not len(of_sample):
+        return []
+    place = np.argmax(survey.classes[photos] == class_index, axis=1)
+    shares = survey.concept_shares[photos, place].mean(0)
+    parts = parts_of_evidence(shares, survey.uncut[photos, place].sum((1, 2)).mean())
+    strongest = [int(k) for k in most_probable(parts) if parts[k] >= SMALLEST_PART]
+    falls = partial(logit_falls, survey.network, of_sample, survey.concepts)
+    return [
+        ClassConcept(k, float(parts[k]), float(falls(concept=k, class_index=class_index).mean()))
+        for k in strongest[:CONCEPTS_A_CLASS]
+    ]
+
+
+def photos_of_concept(survey, concept):
+    """Numbers of the CONCEPT_EXAMPLES photos that hold most of a concept, strongest first."""
+    held = survey.concept_maps[..., concept].sum((1, 2))
+    ranking = np.argsort(-held, kind="stable")[:CONCEPT_EXAMPLES]
+    return [int(k) for k in ranking if held[k] > 0.01 * held.max()]
+
+
+def draw_concepts(output, survey):
+    """Draw for each class its strongest concepts, and the photos that hold most of each: [Picture].
+
+    Nothing is drawn where there are none.
+    """
+    labels, rows = [], []
+    for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN]:
+        name = printable(survey.class_names[class_index])
+        for concept, part, fall in class_concepts(survey, class_index):
+            labels.append(f"{name}\nconcept {concept}\n{percent(part)}\nlogit {-fall:+.1f}")
+            rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
+    if not rows:
+        return []
+    caption = (
+        "What speaks for each class: its strongest concepts, each in the photos that hold most\n"
+        "concept, its part of all that speaks for the class, the change of the logit without it\n"
+        f"{concept_truth(survey.concepts)}"
+    )
+    save_rows(output / "concepts.jpg", labels, rows, caption)
+    return [Picture("concepts.jpg", caption)]
+
+
+def concept_truth(found):
+    """How far the concepts stand for the model, in words."""
+    count, photos = found.maps.shape[-1], len(found.maps)
+    alone = f"with them alone {percent(found.kept)} of {photos} photos keep their class"
+    warning = "" if found.kept >= CONCEPTS_KEEP else ", so they tell only a part"
+    return f"{count} concepts; {alone}{warning}"
+
+
+def draw_evidence(output, survey, number):
+    """Draw what the evidence for a photo's class is made of, and where it is known from: [Picture].
+
+    number: of the photo. Of a mistake also for the true class. Nothing is drawn without concepts.
+    """
+    predicted, label = int(survey.probabilities[number].argmax()), int(survey.labels[number])
+    shown = [predicted] if label in (-1, predicted) else [predicted, label]
+    strongest = {class_index: evidence(survey, number, class_index) for class_index in shown}
+    if not strongest[predicted]:
+        return []
+    labels, rows = (
+        ["the photo"],
+        [[(in_square(survey.network.read_photo(survey.paths[number]), PATCH_SIDE), "")]],
+    )
+    for class_index, concepts_of_class in strongest.items():
+        for concept, part in concepts_of_class:
+            name = printable(survey.class_names[class_index])
+            labels.append(f"for {name}\nconcept {concept}\n{percent(part)}")
+            known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
+            here, _ = _lit(survey, number, concept)
+            rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
+    (concept, part), *_ = strongest[predicted]
+    says = printable(survey.class_names[predicted])
+    caption = (
+        f"{survey.name(number)}: it says {says}, as {percent(part)} of what speaks for {says} is "
+        f"concept {concept}\n"
+        "where each concept lies in this photo, and in those that hold most of it\n"
+        f"{concept_truth(survey.concepts)}"
+    )
+    save_rows(output / "CAM_concepts.jpg", labels, rows, caption)
+    return [Picture("CAM_concepts.jpg", caption)]
+
+
+def evidence(survey, number, class_index):
+    """[(concept, part of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
+
+    The strongest comes first; what makes up less than SMALLEST_PART is left out. The class is one
+    of those that have a heatmap.
+    """
+    place = survey.classes[number].tolist().index(class_index)
+    shares, whole = survey.concept_shares[number, place], survey.uncut[number, place].sum()
+    parts = parts_of_evidence(shares, whole)
+    ranking = most_probable(parts)[:CONCEPTS_A_PHOTO]
+    return [(int(k), float(parts[k])) for k in ranking if parts[k] >= SMALLEST_PART]
+
+
+def _lit(survey, number, concept):
+    """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
+    network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
+    photo = network.read_photo(survey.paths[number])
+    field = network.receptive_fields[network.heatmap_layer]
+    light = place_heatmap(heatmap / (heatmap.max() or 1), field, network.input_size)
+    light = cv2.resize(light, photo.shape[1::-1])[..., None]
+    square = in_square((photo * (DARKEST + (1 - DARKEST) * light)).astype("uint8"), PATCH_SIDE)
+    label = survey.labels[number]
+    return square, survey.name(number) if label < 0 else printable(survey.class_names[label])
+
+
+# ---- 10. Everything drawn ------------------------------------------------------------------------
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
@@ -1772,7 +2215,7 @@ EXAMPLES_SHOWN = 3  # of these, in a picture of their own each, where there are 
 PHOTOS_AT_ONCE = 32  # in the survey
 
 
-def draw(model, photos, class_names, output, labels=None, *, pixels=PIXELS[0], **settings):
+def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXELS[0], **settings):
     """Draw every picture, and the page that shows them, into the folder `output`.
 
     model: a Keras model or a Network. photos: paths. labels: the true class index of each photo, or
@@ -1784,20 +2227,20 @@ def draw(model, photos, class_names, output, labels=None, *, pixels=PIXELS[0], *
     network = network_of(model, pixels)
     if network.remark:
         print(network.remark)
-    survey = survey_photos(network, photos, labels, class_names)
+    survey = survey_photos(network, photos, labels, class_names, seed=seed)
     warn_of_pixels(survey, "The model", 'pixels="{}"')
-    draw_survey(survey, output, **settings)
+    draw_survey(survey, output, seed=seed, **settings)
 
 
 @dataclass(frozen=True)
 class Survey:
     """What one pass over n photos found: first those of unknown class, the user's own.
 
-    The k = 3 classes of a photo are the two most probable ones, then the true one; where that is
-    not known, the most probable one again.
+    The k classes of a photo that have a heatmap begin with the two most probable ones.
     """
 
     network: object  # a Network
+    extract: object  # see _traced_extractor
     class_names: list
     paths: list
     read: object  # see photo_reader
@@ -1805,7 +2248,18 @@ class Survey:
     probabilities: np.ndarray  # (n, classes)
     classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
     uncut: np.ndarray  # (n, k, h, w) uncut Grad-CAM at the model's last layer with positions
+    concepts: Concepts  # found in the sample
+    concept_maps: np.ndarray  # (n, h, w, concepts) how strong each is
+    concept_shares: np.ndarray  # (n, k, concepts) what each adds to the logits of these classes
+    sample: np.ndarray  # the numbers of up to CONCEPT_PHOTOS photos
+    sample_features: np.ndarray  # (sample, h, w, channels), at that last layer
+    features: np.ndarray  # (n, channels), the means of that layer's feature maps
     peaks: dict  # {layer: Peaks of its first filters}
+
+    @cached_property
+    def class_indices(self):
+        """(n,) the true class of each photo, or where that is not known the predicted one."""
+        return np.where(self.labels < 0, self.probabilities.argmax(1), self.labels)
 
     @cached_property
     def own_count(self):
@@ -1821,14 +2275,27 @@ class Survey:
         of_known = self.labels[known], self.probabilities[known]
         return Evaluation(list(self.class_names), *of_known, self.network.is_multi_label)
 
+    def predict(self, photos):
+        """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
+        network, last = self.network, self.network.heatmap_layer
+        found = []
+        for start in range(0, len(photos), PHOTOS_AT_ONCE):
+            feature_maps, *_ = self.extract(photos[start : start + PHOTOS_AT_ONCE])
+            (logits,) = network.compute(feature_maps, [LOGITS], start=last)
+            found.append(network.to_probabilities(logits).numpy())
+        return np.concatenate(found)
+
     def name(self, number):
         """The name of a photo as it is shown, that of a test photo with its folder."""
         parts = self.paths[number].parts[-1 if self.labels[number] < 0 else -2 :]
         return printable("/".join(parts))
 
 
-def survey_photos(network, photos, labels, class_names, read=None):
-    """The Survey of photos, given as in draw. read: a photo_reader of the network's size."""
+def survey_photos(network, photos, labels, class_names, read=None, seed=0):
+    """The Survey of photos, given as in draw. read: a photo_reader of the network's size.
+
+    seed: chooses the photos in which concepts are looked for.
+    """
     read = read or photo_reader(network.input_size, network.read_photo)
     labels = [None] * len(photos) if labels is None else labels
     labels = np.array([-1 if label is None else label for label in labels], int)
@@ -1837,28 +2304,72 @@ def survey_photos(network, photos, labels, class_names, read=None):
     chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
     layer_names = [convolution.activation for convolution in chosen]
     extract = _traced_extractor(network, layer_names)
+
+    def features_and_peaks(numbers):
+        pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
+        feature_maps, *activations = extract(pixels)
+        peaks = map(_peaks_of, activations)
+        return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
+
+    # The sample comes first: concepts are found in the features of all its photos.
+    sample = _concept_sample(labels, seed)
+    others = np.setdiff1d(np.arange(len(paths)), sample)
+    kept = [features_and_peaks(numbers) for numbers in _batches(sample)]
+    sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
+    found = factorize(network, sample_features)
+    surveyed = []
+    for numbers in [*_batches(sample), *_batches(others)]:
+        feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
+        of_batch = _look(network, feature_maps, labels[numbers], found)
+        surveyed.append(of_batch | {"peaks": peaks})
+    back = np.argsort(np.concatenate([sample, others]))
+    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
+    return Survey(
+        network,
+        extract,
+        class_names,
+        paths,
+        read,
+        labels,
+        concepts=found,
+        sample=sample,
+        sample_features=sample_features,
+        **joined,
+    )
+
+
+def _concept_sample(labels, seed):
+    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
+    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
+    return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
+
+
+def _batches(numbers):
+    return [numbers[k : k + PHOTOS_AT_ONCE] for k in range(0, len(numbers), PHOTOS_AT_ONCE)]
+
+
+def _look(network, feature_maps, labels, found):
+    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
     # From the last layer with positions on, which is handed through: nothing before it need be
     # computed again.
     last = network.heatmap_layer
     from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    found = []
-    for start in range(0, len(paths), PHOTOS_AT_ONCE):
-        some = slice(start, start + PHOTOS_AT_ONCE)
-        pixels = np.stack([read(path) for path in paths[some]]).astype("float32")
-        feature_maps, *activations = extract(pixels)
-        _, logits = from_features(feature_maps)
-        probabilities = network.to_probabilities(logits).numpy()
-        classes = _classes_in_question(probabilities, labels[some])
-        (uncut,) = uncut_grad_cam(from_features, feature_maps, classes)
-        require_finite(probabilities, uncut)
-        found.append((probabilities, classes, uncut, *map(_peaks_of, activations)))
-    probabilities, classes, uncut, *peaks = zip(*found, strict=True)
-    joined = [np.concatenate(parts) for parts in (probabilities, classes, uncut)]
-    of_layers = {}
-    for name, parts in zip(layer_names, peaks, strict=True):
-        values = np.concatenate([part.values for part in parts])
-        of_layers[name] = Peaks(values, np.concatenate([part.positions for part in parts]))
-    return Survey(network, class_names, paths, read, labels, *joined, of_layers)
+    feature_maps = tf.constant(feature_maps)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()
+    classes = _classes_in_question(probabilities, labels)
+    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
+    uncut = weighted_sum(feature_maps, weights)
+    require_finite(probabilities, uncut)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    return {
+        "probabilities": probabilities,
+        "classes": classes,
+        "uncut": uncut,
+        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
+        "concept_maps": maps,
+        "concept_shares": _shares_of_classes(weights, found.vectors, maps),
+    }
 
 
 def _traced_extractor(network, layer_names):
@@ -1887,9 +2398,10 @@ def _explain_photos(survey, numbers, at_once=2):
     for start in range(0, len(numbers), at_once):
         some = numbers[start : start + at_once]
         photos = np.stack([survey.read(survey.paths[k]) for k in some])
-        classes = survey.classes[some]
-        true_is_among_the_first = (classes[:, 2:] == classes[:, :2]).any(1)
-        if true_is_among_the_first.all():
+        # The two most probable classes and the true one: each more costs a pass through the model.
+        true = np.where(survey.labels[some] < 0, survey.classes[some, 0], survey.labels[some])
+        classes = np.column_stack([survey.classes[some, :2], true])
+        if (classes[:, 2:] == classes[:, :2]).any(1).all():
             classes = classes[:, :2]  # the true class need not be asked about twice
         of_layers = uncut_grad_cam(forward, tf.constant(photos, tf.float32), classes)
         for row, number in enumerate(some):
@@ -1897,16 +2409,23 @@ def _explain_photos(survey, numbers, at_once=2):
                 name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
                 for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
             }
-            explained[number] = _explanation(survey, number, photos[row], uncut)
+            photo = network.read_photo(survey.paths[number])
+            explained[number] = _explanation(survey, number, photo, photos[row], uncut)
     return explained
 
 
-def _explanation(survey, number, pixels, uncut):
-    """The Explanation of a photo of a survey, with the deletion score of its heatmap."""
+def _explanation(survey, number, photo, pixels, uncut):
+    """The Explanation of a photo of a survey, with the deletion score of its heatmap.
+
+    uncut: see Explanation; at the last layer all classes of the survey are added.
+    """
     label = int(survey.labels[number])
+    at_last = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
+    last = survey.network.heatmap_layer
+    uncut = uncut | {last: at_last | uncut.get(last, {})}
     explanation = Explanation(
         name=survey.name(number),
-        photo=survey.network.read_photo(survey.paths[number]),
+        photo=photo,
         pixels=pixels,
         class_names=[printable(class_name) for class_name in survey.class_names],
         probabilities=survey.probabilities[number],
@@ -1916,7 +2435,8 @@ def _explanation(survey, number, pixels, uncut):
     )
     if not explanation.heatmap.any():
         return explanation
-    return replace(explanation, deletion=deletion_of(survey.network, explanation))
+    deletion = deletion_of(survey.network, explanation, survey.predict)
+    return replace(explanation, deletion=deletion)
 
 
 def draw_survey(
@@ -1925,12 +2445,14 @@ def draw_survey(
     record=None,
     command="",
     seed=0,
+    training=None,
     pattern_size=PATTERN_SIZE,
     pattern_steps=PATTERN_STEPS,
 ):
     """Draw every picture of a survey, and the page that shows them, into the folder `output`.
 
     record: {"history", "settings"} of the training, and command: that of the run, for the page.
+    training: (paths, class indices) of training photos, for those that a photo is most like.
     pattern_size: pixels; pattern_steps: of the gradient ascent.
     """
     output = Path(output)
@@ -1939,7 +2461,8 @@ def draw_survey(
     with Progress() as progress:
         patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
-        draw_page(output, survey, explained, pictures, record, command, progress)
+        likest = nearest_photos(survey, training, seed) if training else None
+        draw_page(output, survey, explained, pictures, record, command, progress, likest)
 
 
 def explain_chosen(survey):
@@ -1947,6 +2470,66 @@ def explain_chosen(survey):
     examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
     known = [survey.own_count + index for index in examples]
     return _explain_photos(survey, [*range(survey.own_count), *known])
+
+
+NEAREST = 3  # training photos of a class that are shown beside a photo
+TRAINING_PHOTOS = 300  # at most, that these are looked for among
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The training photos that each of n photos is most like, class by class."""
+
+    paths: list  # of the training photos that were looked at, m
+    labels: np.ndarray  # (m,) their class indices
+    similarity: np.ndarray  # (n, m) cosine of the means of the last feature maps
+
+    def of_class(self, number, class_index):
+        """Indices of the NEAREST training photos of a class, the most alike first."""
+        of_class = np.flatnonzero(self.labels == class_index)
+        order = np.argsort(-self.similarity[number, of_class], kind="stable")
+        return of_class[order[:NEAREST]].tolist()
+
+
+def nearest_photos(survey, training, seed=0):
+    """The Nearest of a survey's photos, among TRAINING_PHOTOS by seed, evenly of all classes.
+
+    training: (paths, class indices). Photos that do not decode are left out; None without any.
+    """
+    paths, labels = list(training[0]), np.asarray(training[1], int)
+    kept, features = [], []
+    chosen = evenly_by_class(labels, TRAINING_PHOTOS, seed)
+    # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
+    with bfloat16_where_fast():
+        extract = _traced_extractor(survey.network, [])
+        for start in range(0, len(chosen), PHOTOS_AT_ONCE):
+            pixels = []
+            for k in chosen[start : start + PHOTOS_AT_ONCE]:
+                with contextlib.suppress(Stop):
+                    pixels.append(survey.read(Path(paths[k])))
+                    kept.append(k)
+            if pixels:
+                (feature_maps,) = extract(np.stack(pixels).astype("float32"))
+                features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
+    if not kept:
+        return None
+    similarity = _unit(survey.features) @ _unit(np.concatenate(features)).T
+    return Nearest([Path(paths[k]) for k in kept], labels[kept], similarity)
+
+
+def evenly_by_class(labels, most, seed=0):
+    """Indices of at most so many labels, drawn by seed, as many of each class as it has."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank_in_class = np.zeros(len(labels), int)
+    for class_index in np.unique(labels):
+        of_class = labels[order] == class_index
+        rank_in_class[of_class] = np.arange(of_class.sum())
+    return order[np.argsort(rank_in_class, kind="stable")[:most]].tolist()
+
+
+def _unit(features):
+    """Rows (n, channels) of length 1; rows of 0 stay."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def draw_pictures(output, survey, explained, patterns, record, progress):
@@ -1971,11 +2554,20 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     pictures["filters"] = [picture for of_sheet in sheets for picture in of_sheet]
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
+    pictures["concepts"] = tell(draw_concepts(output, survey))
+    pictures["concepts"] += tell(draw_evidence(output, survey, _puzzle(survey, explained)))
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
     pictures["strip"] = tell(draw_strip(output, network, shown[0], patterns))
     return pictures
+
+
+def _puzzle(survey, explained):
+    """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
+    numbers = list(explained)
+    mistakes = [number for number in numbers if explained[number].is_mistake]
+    return numbers[0] if survey.own_count else [*mistakes, *numbers][0]
 
 
 def draw_strip(output, network, explanation, patterns):
@@ -2682,6 +3274,16 @@ def tile(pictures, columns, frames=BACKGROUND, gap=TILE_GAP):
     return sheet.reshape(rows * sheet.shape[1], -1, 3)
 
 
+def in_square(picture, side):
+    """A (height, width, 3) uint8 picture scaled to fit in the middle of a square of this side."""
+    height, width = np.maximum(1, np.round(side / max(picture.shape) * np.array(picture.shape[:2])))
+    picture = cv2.resize(picture, (int(width), int(height)), interpolation=cv2.INTER_AREA)
+    square = np.full((side, side, 3), BACKGROUND, "uint8")
+    top, left = (side - picture.shape[0]) // 2, (side - picture.shape[1]) // 2
+    square[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return square
+
+
 def save_sheet(path, sheet, title):
     """Write a (height, width, 3) uint8 sheet, pixel for pixel, under its title.
 
@@ -2827,31 +3429,33 @@ def save_strip(path, photo, overlay, middle):
 
 
 @figure_style
-def save_examples(path, filters, patterns, rows, title):
-    """Draw a row for each filter: its number, its pattern, and patches with their activations.
+def save_rows(path, labels, rows, title):
+    """Draw rows of square pictures under a title, each row after its label.
 
-    rows: [(patch, activation)] for each filter.
+    rows: [[((height, width, 3) uint8 picture, a line of text below it)]].
     """
     pitch = PATCH_SIDE + 8  # pixels from a tile to the next
     line = 28  # of the text below a tile
-    margin = 70  # for the numbers
-    height, width = len(filters) * (pitch + line), margin + (1 + EXAMPLE_PATCHES) * pitch
+    lines = [text for label in labels for text in label.split("\n")]
+    margin = 30 + math.ceil(100 * max(map(text_width, lines)))
+    height, width = len(rows) * (pitch + line), margin + max(map(len, rows)) * pitch
     sheet = np.full((height, width, 3), BACKGROUND, "uint8")
     figure = Figure(figsize=(width / 100, height / 100))
     axes = figure.add_axes((0, 0, 1, 1))
-    for row, (number, pattern, patches) in enumerate(zip(filters, patterns, rows, strict=True)):
+    for row, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
         top = row * (pitch + line)
-        axes.text(margin / 2, top + PATCH_SIDE / 2, number, ha="center", va="center")
-        for column, (picture, value) in enumerate([(pattern, None), *patches]):
+        axes.text(margin / 2, top + PATCH_SIDE / 2, label, ha="center", va="center")
+        for column, (picture, text) in enumerate(pictures):
             left = margin + column * pitch
             picture = cv2.resize(picture, (PATCH_SIDE, PATCH_SIDE), interpolation=cv2.INTER_CUBIC)
             sheet[top : top + PATCH_SIDE, left : left + PATCH_SIDE] = picture
-            if value is not None:
+            if text:
+                text = _shorten(text, PATCH_SIDE / 100)
                 style = {"ha": "center", "va": "top"}
-                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, f"{value:.2f}", **style)
+                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, text, **style)
     axes.imshow(sheet)
     axes.set_axis_off()
-    axes.set_title(title, loc="left")
+    axes.set_title(wrap(title, width / 100), loc="left")
     save_figure(path, figure)
 
 
@@ -3031,6 +3635,8 @@ PAGE = Path(__file__).with_name("Images") / "index.html"
 LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
+DETAILED_PHOTOS = 24  # the first ones: with a deletion score and activation maps
+COVERED_PHOTOS = 6  # of these, own ones, mistakes and the least sure: place by place
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80
@@ -3039,16 +3645,21 @@ MAP_SIDE = 48
 PHOTO_COLUMNS = 6  # and rows of a sheet of photos, which a browser loads whole
 
 
-def draw_page(output, survey, explained, pictures, record, command, progress):
+def draw_page(output, survey, explained, pictures, record, command, progress, nearest=None):
     """Write the page, run.js and the sheets that the page cuts, beside the pictures.
 
     explained: {photo number: Explanation}, of the photos that can be followed through the layers.
-    pictures: {what they show: [Picture]}.
+    pictures: {what they show: [Picture]}. nearest: see nearest_photos; None without.
     """
+    stored, listed = _stored_photos(survey, explained)
+    detailed = stored[: min(DETAILED_PHOTOS, listed)]
+    in_detail = {k: explained.get(k) or _explain_at_last_layer(survey, k) for k in detailed}
     facts = _run_facts(survey, record, command)
-    facts |= _photo_facts(output, survey, explained, progress)
-    facts |= _picture_facts(output, survey, explained, pictures, facts["stored"], progress)
-    del facts["stored"]
+    facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
+    facts["concepts"] = _concept_facts(survey, stored)
+    facts["training"] = _training_facts(output, survey, stored, nearest) if nearest else None
+    facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
+    save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(_script_text(facts), "ascii")
     _remove_old_sheets(output, facts)
@@ -3063,7 +3674,7 @@ def _run_facts(survey, record, command):
     named = (settings | versions | {"Keras": keras.__version__}).items()
     class_names = [printable(name) for name in survey.class_names]
     return {
-        "format": 3,
+        "format": 4,
         "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
         "warnings": _warnings_about(evaluation),
         "command": command,
@@ -3071,6 +3682,8 @@ def _run_facts(survey, record, command):
         "classes": class_names,
         "multi_label": network.is_multi_label,
         "test": None if evaluation is None else _test_table(evaluation),
+        "reliability": _reliability_entry(evaluation),
+        "predictions": {"file": "predictions.csv"},
         "colours": list(map(to_hex, matplotlib.colormaps[HEATMAP_COLOURS](range(256)))),
         "heatmap_layers": [_layer_entry(network, name) for name in network.heatmap_layers],
     }
@@ -3128,9 +3741,44 @@ def _test_table(evaluation):
     ]
 
 
-def _photo_facts(output, survey, explained, progress):
-    """What the page shows of photos. Writes sheets of them, and of their thumbnails."""
-    stored, listed = _stored_photos(survey, explained)
+def _reliability_entry(evaluation):
+    """How sure the model is and how often it is right: for each bin of confidence its photos, their
+    mean confidence, and how many of them are right. None where that is not known."""
+    if evaluation is None or evaluation.is_multi_label:
+        return None
+    bins = [
+        [int(count), round(float(confidence / max(1, count)), 4), int(right)]
+        for count, confidence, right in reliability(evaluation)
+    ]
+    return {"error": round(calibration_error(evaluation), 4), "bins": bins}
+
+
+def save_predictions(path, survey):
+    """Write a table of all photos for spreadsheets: file, classes, and a probability a class."""
+    names = [printable(name) for name in survey.class_names]
+    true = ["" if label < 0 else names[label] for label in survey.labels]
+    # With a mark in front, by which a spreadsheet knows UTF-8.
+    encoding = {"encoding": "utf-8-sig", "newline": ""}
+    with replace_when_whole(path) as partial_path, partial_path.open("w", **encoding) as file:
+        writer = csv.writer(file)
+        writer.writerow(map(_cell, ["file", "true class", "predicted class", *names]))
+        for number, probabilities in enumerate(survey.probabilities):
+            texts = [survey.name(number), true[number], names[probabilities.argmax()]]
+            writer.writerow([*map(_cell, texts), *(f"{it:.4f}" for it in probabilities)])
+
+
+def _cell(text):
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _photo_facts(output, survey, explained, stored, listed, progress):
+    """What the page shows of photos. Writes sheets of them, and of their thumbnails.
+
+    explained: {photo number: Explanation}, of those told in detail. stored, listed: see
+    _stored_photos.
+    """
+    covered = [k for k in _doubtful_first(survey) if k in explained][:COVERED_PHOTOS]
     paths, decode = [survey.paths[k] for k in stored], survey.network.read_photo
     sheets, ratios = _save_photos(output, paths, decode, listed, progress)
     photos = []
@@ -3142,8 +3790,66 @@ def _photo_facts(output, survey, explained, progress):
         if k in explained:
             heatmaps = _heatmap_entries(list(explained[k].uncut.values()))
             photo |= {"heatmaps": heatmaps, "worth": deletion_caption(explained[k])}
+        if k in covered:
+            without = probabilities_without_places(survey.predict, explained[k].pixels)
+            photo["covered"] = _covered_entry(without, photo["probabilities"])
         photos.append(photo)
-    return {"photo_count": len(survey.paths), "photos": photos, "stored": stored, **sheets}
+    counts = {"photo_count": len(survey.paths), "places": PLACES}
+    return {**counts, "photos": photos, **sheets}
+
+
+def _explain_at_last_layer(survey, number):
+    """The Explanation of a photo from what the survey knows: without the blocks before."""
+    pixels = survey.read(survey.paths[number])
+    return _explanation(survey, number, pixels, pixels, {})
+
+
+def _doubtful_first(survey):
+    """Numbers of all photos: own ones, then mistakes, the worst first, then the least sure."""
+    doubts = doubt(survey.probabilities, survey.labels, survey.network.is_multi_label)
+    doubtful = np.argsort(doubts, kind="stable").tolist()
+    return [*range(survey.own_count), *(k for k in doubtful if k >= survey.own_count)]
+
+
+def _covered_entry(without, entries):
+    """The probabilities of covered places as base64: a byte for each of a photo's listed classes,
+    place by place.
+
+    without: (PLACES, PLACES, classes). entries: see _probability_entries.
+    """
+    listed = without[..., [class_index for class_index, _ in entries]]
+    return base64.b64encode(np.rint(255 * listed).astype("uint8").tobytes()).decode()
+
+
+def _training_facts(output, survey, stored, nearest):
+    """The training photos that each of the page's photos is most like. Writes a sheet of them.
+
+    like: for each photo [class, [[tile, cosine], …]] of the predicted class, and of the true one
+    where that is another.
+    """
+    likest = []  # for each photo {class index: numbers of training photos}
+    for k in stored:
+        predicted, label = int(survey.probabilities[k].argmax()), int(survey.labels[k])
+        asked = dict.fromkeys([predicted, predicted if label < 0 else label])
+        likest.append({it: nearest.of_class(k, it) for it in asked})
+    used = sorted({number for of_photo in likest for some in of_photo.values() for number in some})
+    paths = [nearest.paths[number] for number in used]
+    with ThreadPoolExecutor(cores()) as pool:
+        thumbnails = [
+            _thumbnail(*it) for it in pool.map(partial(_squeezed, survey.network.read_photo), paths)
+        ]
+    columns = math.ceil(math.sqrt(len(used)))
+    sheet = _save_tiles(output / "photos_training.jpg", np.stack(thumbnails), columns, quality=70)
+    tile_of = {number: place for place, number in enumerate(used)}
+    like = [
+        [
+            [it, [[tile_of[m], round(float(nearest.similarity[k, m]), 3)] for m in some]]
+            for it, some in of_photo.items()
+        ]
+        for k, of_photo in zip(stored, likest, strict=True)
+    ]
+    names = [printable("/".join(path.parts[-2:])) for path in paths]
+    return {"count": len(nearest.paths), "sheet": sheet, "names": names, "like": like}
 
 
 def _stored_photos(survey, explained):
@@ -3152,9 +3858,8 @@ def _stored_photos(survey, explained):
     Own photos come first, then the explained ones and the rest of the test, the most doubtful
     first; then those that only lend a patch to a filter.
     """
-    doubts = doubt(survey.probabilities, survey.labels, survey.network.is_multi_label)
-    doubtful = np.argsort(doubts, kind="stable").tolist()
-    tests = [k for k in dict.fromkeys([*explained, *doubtful]) if survey.labels[k] >= 0]
+    in_order = dict.fromkeys([*explained, *_doubtful_first(survey)])
+    tests = [k for k in in_order if survey.labels[k] >= 0]
     listed = [*range(survey.own_count), *tests[:LISTED_PHOTOS]]
     lenders = {
         k
@@ -3162,6 +3867,8 @@ def _stored_photos(survey, explained):
         for number in range(peaks.values.shape[1])
         for k in top_photos(peaks, number, PATCHES)
     }
+    for concept in range(len(survey.concepts.vectors)):
+        lenders.update(photos_of_concept(survey, concept))
     return [*listed, *sorted(lenders - set(listed))], len(listed)
 
 
@@ -3183,7 +3890,34 @@ def _photo_entry(survey, number):
         "doubt": round(float(doubts[0]), 4),
         "probabilities": _probability_entries(probabilities, label),
         "heatmaps": _heatmap_entries([of_classes]),
+        "concepts": _concept_entries(survey, number),
     }
+
+
+def _concept_entries(survey, number):
+    """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
+    encoded = [
+        _encoded(of_concept) for of_concept in np.moveaxis(survey.concept_maps[number], -1, 0)
+    ]
+    classes = dict.fromkeys(survey.classes[number].tolist())
+    parts = [[k, [[c, round(part, 3)] for c, part in evidence(survey, number, k)]] for k in classes]
+    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
+
+
+def _concept_facts(survey, stored):
+    """What the page shows of the concepts: how true they are, and for each photos and classes.
+
+    stored: the numbers of the photos that the page has.
+    """
+    count = len(survey.concepts.vectors)
+    found = []
+    for concept in range(count):
+        photos = [stored.index(k) for k in photos_of_concept(survey, concept)]
+        found.append({"photos": photos, "classes": []})
+    for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN].tolist():
+        for concept, part, fall in class_concepts(survey, class_index):
+            found[concept]["classes"].append([class_index, round(part, 3), round(fall, 2)])
+    return {"truth": concept_truth(survey.concepts), "found": found}
 
 
 def _probability_entries(probabilities, label):
@@ -3196,11 +3930,12 @@ def _probability_entries(probabilities, label):
 def _heatmap_entries(of_layers):
     """The entries of a photo's classes, from {class index: (h, w) uncut Grad-CAM} of each layer.
 
-    What speaks for a class and what speaks against it are two maps.
+    What speaks for a class and what speaks against it are two maps. A class that the first layers
+    lack has those of the last ones.
     """
     entries = []
-    for class_index in of_layers[0]:
-        uncut = [of_layer[class_index] for of_layer in of_layers]
+    for class_index in of_layers[-1]:
+        uncut = [of_layer[class_index] for of_layer in of_layers if class_index in of_layer]
         maps, peaks = zip(*(_encoded(np.maximum(0, it)) for it in uncut), strict=True)
         against, against_peaks = zip(*(_encoded(np.maximum(0, -it)) for it in uncut), strict=True)
         entry = {"class": class_index, "peaks": peaks, "maps": maps}
@@ -3262,20 +3997,24 @@ def _save_tiles(path, tiles, columns, quality):
     return {"file": path.name, "width": sheet.shape[1], "height": sheet.shape[0]} | place
 
 
-def _picture_facts(output, survey, explained, pictures, stored, progress):
+def _picture_facts(output, survey, detailed, pictures, stored, progress):
     """What the page shows of the pictures, filters and layers. Writes activation maps.
 
-    stored: the numbers of the photos that the page has.
+    detailed: numbers of the photos that have activation maps; stored: of all that the page has.
     """
     filters = _convolution_entries(pictures["filters"])
+    maps = _activation_maps(survey, detailed)
     for entry in filters:
-        entry |= _firing_entries(output, survey, explained, stored, entry)
-        progress.tell(entry["maps"]["file"])
+        path = output / f"conv2d_{entry['number']}_maps.jpg"
+        tiles = maps[entry["activation"]]
+        entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(detailed), quality=72)
+        entry |= _firing_entries(survey, detailed, stored, entry["activation"])
+        progress.tell(path.name)
     of_run = [picture for of_part in pictures.values() for picture in of_part]
     return {
         "filters": filters,
         "channels": _convolution_entries(pictures["layers"]),
-        "pictures": [{"file": it.file, "caption": it.caption} for it in of_run],
+        "pictures": [_picture_entry(output, it) for it in of_run],
     }
 
 
@@ -3303,16 +4042,20 @@ def _convolution_entries(pictures):
     return list(entries.values())
 
 
-def _firing_entries(output, survey, explained, stored, convolution):
-    """What fires each filter of a sheet of patterns. Writes their activation maps."""
-    layer = convolution["activation"]
+def _picture_entry(output, picture):
+    width, height = Image.open(output / picture.file).size
+    caption = {"file": picture.file, "caption": picture.caption}
+    return caption | {"width": width, "height": height}
+
+
+def _firing_entries(survey, detailed, stored, layer):
+    """What fires each filter of a layer, and how selective it is; see selectivity_of."""
     peaks, index_of = survey.peaks[layer], {k: index for index, k in enumerate(stored)}
-    path = output / f"conv2d_{convolution['number']}_maps.jpg"
     return {
         "field": _layer_entry(survey.network, layer),
         "patches": _patch_entries(peaks, index_of),
-        "maps": _save_activation_maps(path, survey.network, layer, peaks, explained),
-        "peaks": peaks.values[list(explained)].astype(float).round(3).tolist(),
+        "peaks": peaks.values[detailed].astype(float).round(3).tolist(),
+        "selectivity": selectivity_of(peaks).astype(float).round(3).tolist(),
     }
 
 
@@ -3331,23 +4074,26 @@ def _patch_entries(peaks, index_of):
     return entries
 
 
-def _save_activation_maps(path, network, layer, peaks, explained):
-    """Write the activation maps of the filters drawn: a row for each of the explained photos.
+def _activation_maps(survey, numbers, at_once=8):
+    """{layer: tiles (n, MAP_SIDE, MAP_SIDE, 3) uint8} of the filters drawn, photo by photo.
 
-    Black is 0, and a filter has one scale for all photos, so that they can be compared. Returns the
-    entry of the sheet.
+    Black is 0, and a filter has one scale for all photos of the survey, so that they can be
+    compared. at_once: photos whose feature maps are in memory together.
     """
-    highest = peaks.values[list(explained)].max(0)
-    filters = len(highest)
-    rows = []
-    for explanation in explained.values():
-        (activation,) = network.activations(network.as_batch(explanation.pixels), [layer])
-        shares = activation[0, ..., :filters].clip(0) / np.maximum(highest, 1e-12)
-        smooth = cv2.INTER_AREA if len(shares) > MAP_SIDE else cv2.INTER_LINEAR
-        for k in range(filters):
-            rows.append(cv2.resize(shares[..., k], (MAP_SIDE, MAP_SIDE), interpolation=smooth))
-    tiles = matplotlib.colormaps[HEATMAP_COLOURS](np.stack(rows), bytes=True)[..., :3]
-    return _save_tiles(path, tiles, filters, quality=72)
+    tiles = {layer: [] for layer in survey.peaks}
+    colours = matplotlib.colormaps[HEATMAP_COLOURS]
+    for start in range(0, len(numbers), at_once):
+        pixels = [survey.read(survey.paths[k]) for k in numbers[start : start + at_once]]
+        _, *activations = survey.extract(np.stack(pixels).astype("float32"))
+        for layer, activation in zip(survey.peaks, activations, strict=True):
+            highest = np.maximum(survey.peaks[layer].values.max(0), 1e-12)
+            shares = activation.numpy().clip(0) / highest
+            smooth = cv2.INTER_AREA if shares.shape[1] > MAP_SIDE else cv2.INTER_LINEAR
+            for of_photo in shares:
+                for share in np.moveaxis(of_photo, -1, 0):
+                    small = cv2.resize(share, (MAP_SIDE, MAP_SIDE), interpolation=smooth)
+                    tiles[layer].append(colours(small, bytes=True)[..., :3])
+    return {layer: np.stack(of_layer) for layer, of_layer in tiles.items()}
 
 
 def _layer_entry(network, name):
@@ -3374,7 +4120,9 @@ def _remove_old_sheets(output, facts):
     """Remove the page's sheets that an earlier run left, and this one has no use for."""
     shown = [*facts["photo_sheets"], *(entry["maps"] for entry in facts["filters"])]
     kept = {sheet["file"] for sheet in shown}
-    for names in ("photos_[0-9]*.jpg", "conv2d_*_maps.jpg"):
+    if facts["training"]:
+        kept.add(facts["training"]["sheet"]["file"])
+    for names in ("photos_[0-9]*.jpg", "photos_training.jpg", "conv2d_*_maps.jpg"):
         for path in output.glob(names):
             if path.name not in kept:
                 path.unlink()
@@ -3488,6 +4236,18 @@ def prepare_libraries():
     keras.config.set_dtype_policy("float32")
 
 
+def tell_of_unused_gpu(gpus, driver="/proc/driver/nvidia", programs=None):
+    """Print how TensorFlow is to see an NVIDIA card where there is one and it sees none.
+
+    gpus: those that it sees; programs: the folders in which nvidia-smi may lie, as in $PATH.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    card = Path(driver).exists() or shutil.which("nvidia-smi", path=programs)
+    if card and not gpus and not hidden:
+        install = f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
+        print(f"The NVIDIA card is not used: {install} makes it seen, on Windows only in WSL2.")
+
+
 def half_precision():
     """Keras's dtype policy for half precision, or for full where the machine lacks it."""
     if tf.config.list_physical_devices("GPU"):
@@ -3522,6 +4282,95 @@ def training_strategy():
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
+
+
+# ---- ImageNet's weights, and a first look without them -------------------------------------------
+
+IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # of the file without a classifier on top
+
+
+def quick_options(options, fetch=None):
+    """The options of a --quick run: whatever was not given is chosen for it.
+
+    fetch: imagenet_weights, or what takes its place. Where it raises OSError and no weights were
+    given, the run starts from scratch, and a line says why.
+    """
+    weights = options.weights
+    if weights is None:
+        try:
+            (fetch or imagenet_weights)()
+        except OSError as error:
+            print(f"ImageNet's weights cannot be had ({error}): this run starts from scratch.")
+            weights = "none"
+    return completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
+
+
+def imagenet_address():
+    """Where Keras downloads the weights of InceptionV3 without its top from."""
+    return sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
+
+
+def imagenet_weights(address=None, md5=IMAGENET_MD5, seconds=15):
+    """The path of ImageNet's weights in Keras's cache, where they are downloaded if need be.
+
+    A file that was cut short is downloaded again. Raises OSError where the server does not answer,
+    or falls silent, for so many seconds, or where another file comes.
+    """
+    address = address or imagenet_address()
+    file = cached_file(address)
+    if not (file.is_file() and _md5(file) == md5):
+        try:
+            _download(address, file, md5, seconds)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)  # urllib wraps what the socket says
+            if isinstance(reason, TimeoutError):
+                raise OSError(f"no answer for {seconds} s") from error
+            raise OSError(getattr(reason, "strerror", None) or str(error)) from error
+    return file
+
+
+def cached_file(address):
+    """Where Keras looks for the weights of that address."""
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    if not os.access(home, os.W_OK):
+        home = Path(tempfile.gettempdir(), ".keras")  # as Keras does
+    return home / "models" / address.rpartition("/")[2]
+
+
+def _md5(file):
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "md5").hexdigest()
+
+
+def _download(address, file, md5, seconds):
+    """Download a file, showing how far it is. Raises ValueError where another file comes."""
+    with _answer(address, seconds) as answer:
+        size = int(answer.headers.get("Content-Length", 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_whole(file) as partial_path:
+            shown = rich.progress.wrap_file(answer, size, description="ImageNet's weights")
+            with partial_path.open("wb") as target, shown as source:
+                shutil.copyfileobj(source, target)
+            if _md5(partial_path) != md5:
+                raise ValueError("what came is not the whole file")
+
+
+def _answer(address, seconds):
+    """The answer of a server, to be read. Raises TimeoutError if none begins within the seconds.
+
+    The limit of a socket is not enough: it holds for each of a server's addresses anew, for each
+    byte of its answer, and not at all for looking up its name.
+    """
+    answer = Future()
+
+    def ask():
+        try:
+            answer.set_result(urllib.request.build_opener().open(address, timeout=seconds))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
 
 
 # ---- From options to a model, and messages -------------------------------------------------------
@@ -3809,6 +4658,18 @@ def without_folders(words):
     for word in words:
         option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
         yield option + equals + (Path(value).name or value)
+
+
+def training_photos(folder, class_names):
+    """(paths, class indices) of the photos in a train folder; None where it is none of the model's.
+
+    They are not looked at: what does not decode is found where they are read.
+    """
+    if not folder.is_dir() or class_folders(folder) != class_names:
+        return None
+    files = [_photo_files(folder / name) for name in class_names]
+    labels = np.repeat(np.arange(len(files)), list(map(len, files)))
+    return [path for found in files for path in found], labels
 
 
 def photos_and_labels(own_photos, test):

@@ -7,6 +7,7 @@ filter or channel is shown. Nothing here needs TensorFlow.
 import base64
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,14 @@ PATCHES = [
     [[5, 1, 1, 2.0], [6, 2, 6, 1.5]],
 ]
 PEAKS = [[6.5, 1.25, 0.0, 1.0], [2.0, 3.5, 0.0, 0.5]]  # of photos 0 and 1
+SELECTIVITY = [1.5, 2.5, -1, 2.0]
+# Of photo 1 without each of 2 × 2 places: bytes of rose, daisy and tulip.
+COVERED = [[204, 38, 13], [51, 179, 25], [102, 77, 76], [255, 0, 0]]
+# For photos 1 and 6: [class, [[training photo, cosine], …]]
+LIKE = {1: [[1, [[2, 0.93], [0, 0.91]]], [0, [[3, 0.5]]]], 6: [[2, [[1, 0.999]]]]}
+TRAINING = ["rose/x.jpg", "tulip/y.jpg", "rose/z.jpg", "daisy/w.jpg"]
+# Bins of confidence: photos, their mean confidence, how many are right.
+BINS = [[0, 0, 0]] * 3 + [[1, 0.4, 1], [3, 0.6, 1], [4, 0.925, 4]]
 COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
 
 
@@ -157,6 +166,7 @@ def write_run(folder):
     photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
     nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
     photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing], "worth": "A guess for daisy: 0.34."}
+    photos[1]["covered"] = encoded(COVERED)
     patterns = write_sheet(folder, "patterns.png", 4, 4, 3, gap=2, border=4, title=15)
     patterns |= {
         "count": 4,
@@ -170,6 +180,7 @@ def write_run(folder):
         "maps": write_sheet(folder, "maps.png", 5, 8, 4),
         "patches": PATCHES,
         "peaks": PEAKS,
+        "selectivity": SELECTIVITY,
     }
     later = write_sheet(folder, "later.png", 6, 2, 2)
     later |= {"count": 2, "silent": [], "layer": "conv_7", "caption": "What later filters look for"}
@@ -186,10 +197,11 @@ def write_run(folder):
     deep = write_sheet(folder, "deep.png", 10, 3, 3)
     deep |= {"count": 3, "silent": [], "layer": "conv_4", "caption": "conv_4 for rose/a.jpg"}
     deep_channels = channels | {"number": 4, "channels": 3, "sheets": [deep]}
+    training = write_sheet(folder, "training.png", 11, 4, 2)
     for file in ("strip.jpg", "first.png", "training_curves.png"):
         write_sheet(folder, file, 9, 1, 1)
     return {
-        "format": 2,
+        "format": 4,
         "lead": ["It learnt 3 classes.", "It names 5 of 8 right."],
         "warnings": ["⚠ Only 2 photos of a class."],
         "command": "python model_training_and_visualization.py --epochs 2",
@@ -202,7 +214,16 @@ def write_run(folder):
             ["tulip", *COUNTS[2], "1.00"],
             ["precision", "0.67", "0.33", "0.99", ""],
         ],
+        "reliability": {"error": 0.123, "bins": BINS},
+        "predictions": {"file": "predictions.csv"},
         "photo_count": 9,
+        "places": 2,
+        "training": {
+            "count": 12,
+            "sheet": training,
+            "names": TRAINING,
+            "like": [LIKE.get(number, []) for number in range(9)],
+        },
         "photos": photos,
         "thumbnails": thumbnails,
         "photo_sheets": photo_sheets,
@@ -211,8 +232,13 @@ def write_run(folder):
         "filters": [filters, deeper],
         "channels": [channels, deep_channels],
         "pictures": [
-            {"file": "first.png", "caption": "The first picture"},
-            {"file": "training_curves.png", "caption": "Loss of 2 epochs"},
+            {"file": "first.png", "caption": "The first picture", "width": 40, "height": 40},
+            {
+                "file": "training_curves.png",
+                "caption": "Loss of 2 epochs",
+                "width": 300,
+                "height": 100,
+            },
         ],
     }
 
@@ -279,6 +305,22 @@ def names(numbers):
 def shown(page):
     """The name of the photo on show."""
     return page.text("#verdict").split(":")[0]
+
+
+def facts(text):
+    """The photos, classes, layers and numbers that a text names, in its order."""
+    named = ["\\w+/\\w.jpg", *CLASSES, "fine", "coarse", "conv_\\d", "activation_\\d"]
+    return re.findall("|".join([*named, r"−?\d+(?:\.\d+)?"]), text)
+
+
+def explained(page):
+    """The classes that the caption of each heatmap names."""
+    return [facts(caption) for caption in page.texts("#panels figcaption")[1:]]
+
+
+def numbers_in_title(page):
+    """Those of the convolution and of the filter or channel that the dialog shows."""
+    return sorted(map(int, facts(page.text("#title"))))
 
 
 def address(page):
@@ -395,14 +437,21 @@ def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
         current = page.each("#thumbnails [aria-current=true] .tile", "ariaLabel")
         assert [label.split(":")[0] for label in current] == [name]
         assert address(page)["photo"] == str(number)
-        assert page.text("#worth") == ("Better for rose by 0.12." if number == 0 else "")
+        if number == 0:
+            assert page.text("#worth") == "Better for rose by 0.12."
+        else:
+            assert "first 2 photos only" in page.text("#worth")
 
 
-def test_only_classes_with_a_heatmap_can_be_chosen(visit):
+def test_a_class_without_a_heatmap_says_so_when_it_is_chosen(visit):
     page = visit("photo=0")
     facts = [page.each("#bars input", what) for what in ("value", "disabled", "checked")]
     # The predicted class is always shown; the others are compared with it.
-    assert facts == [["rose", "daisy", "tulip"], [True, False, True], [False, True, False]]
+    assert facts == [["rose", "daisy", "tulip"], [True, False, False], [False, True, False]]
+    page.click("#bars input[value=tulip]")
+    assert "no heatmap of this photo for tulip: daisy is shown" in page.text("#word")
+    assert page.eval("document.querySelector('#bars :checked').value") == "daisy"
+    assert address(page)["class"] == "daisy"
 
 
 # ---- Its heatmap ---------------------------------------------------------------------------------
@@ -426,7 +475,7 @@ def open_panels(visit, asked="photo=0"):
 def test_a_heatmap_lies_where_its_positions_look(visit, panel, block, layer, rows, peak):
     page = open_panels(visit, f"photo=0&block={block}")
     name = {"predicted": "rose", "compared": "daisy"}[panel]
-    facts = LAYERS[layer]
+    looks = LAYERS[layer]
     left, top, width, height = page.box(f"#{panel}-map .frame")
     positions = f"#{panel}-map .positions [role=img]"
     labels = page.each(positions, "ariaLabel")
@@ -435,22 +484,22 @@ def test_a_heatmap_lies_where_its_positions_look(visit, panel, block, layer, row
     boxes = page.boxes(positions)
     left, top, width, height = page.box(f"#{panel}-map .frame")
     places = [(row, column) for row in range(len(rows)) for column in range(len(rows[0]))]
-    assert len(boxes) == len(places) == np.prod(facts["positions"])
+    assert len(boxes) == len(places) == np.prod(looks["positions"])
     found = zip(places, labels, boxes, colours, strict=True)
     for (row, column), label, (x, y, w, h), colour in found:
         value = rows[row][column] / 255 * peak
-        down = facts["start"][0] + row * facts["step"][0]
-        across = facts["start"][1] + column * facts["step"][1]
+        down = looks["start"][0] + row * looks["step"][0]
+        across = looks["start"][1] + column * looks["step"][1]
         assert y + h / 2 == pytest.approx(top + down * height, abs=1)
         assert x + w / 2 == pytest.approx(left + across * width, abs=1)
-        assert h == pytest.approx(facts["step"][0] * height, abs=1)
-        assert w == pytest.approx(facts["step"][1] * width, abs=1)
-        place = f"at row {row + 1}, column {column + 1} of {facts['layer']}"
-        assert label == f"{name}: {value:g} {place}"
+        assert h == pytest.approx(looks["step"][0] * height, abs=1)
+        assert w == pytest.approx(looks["step"][1] * width, abs=1)
+        place = [str(row + 1), str(column + 1), looks["layer"]]
+        assert facts(label) == [name, f"{value:g}", *place]
         k = round(255 * value / 5)  # 5 is the highest of both classes
         if 0 <= down <= 1 and 0 <= across <= 1:
             assert near(colour, (k, k // 2, 255 - k), 36)  # a peak is smoothed a little
-    assert page.text(f"#{panel}-map figcaption") == f"For {name}"
+    assert facts(page.text(f"#{panel}-map figcaption")) == [name]
     assert page.text(f"#{panel}-map .scale").split() == ["0", "5"]
 
 
@@ -468,12 +517,12 @@ def test_a_heatmap_fades_into_its_photo(visit):
 
 def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit):
     page = open_panels(visit)
-    assert page.text("#difference-map figcaption") == "For rose rather than daisy"
+    assert facts(page.text("#difference-map figcaption")) == ["rose", "daisy"]
     assert page.text("#difference-map .scale").split() == ["−5", "5"]
     labels = page.each("#difference-map .positions [role=img]", "ariaLabel")
     # ROSE of 2.5, less 3 in its third place, less DAISY of 5
     expected = ["−5", "0.5", "−2", "1.5", "2.5", "1"]
-    assert [label.split()[4] for label in labels] == expected
+    assert [facts(label)[:3] for label in labels] == [["rose", "daisy", it] for it in expected]
     colours = page.colours("#difference-map .positions [role=img]")
     (red, _, blue), (red_5, _, blue_5) = colours[0], colours[4]
     assert blue > 200 and red < 110  # blue speaks for the other class
@@ -492,16 +541,15 @@ def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit
 )
 def test_the_predicted_class_is_compared_with_the_true_one(visit, asked, predicted, compared):
     page = visit(asked)
-    captions = [f"For {predicted}", f"For {compared}", f"For {predicted} rather than {compared}"]
-    assert page.texts("#panels figcaption")[1:] == captions
+    assert explained(page) == [[predicted], [compared], [predicted, compared]]
     assert page.eval("document.querySelector('#bars :checked').value") == compared
 
 
 def test_a_position_tells_its_value_and_what_it_sees(visit):
     page = open_panels(visit, "photo=0")
-    assert page.text("#value") == "Highest for rose: 2.5 at row 2, column 2 of coarse"
+    assert facts(page.text("#value")) == ["rose", "2.5", "2", "2", "coarse"]  # the highest one
     page.point("#compared-map .positions [role=img]:nth-child(6)")
-    assert page.text("#value") == "daisy: 1 at row 2, column 3 of coarse"
+    assert facts(page.text("#value")) == ["daisy", "1", "2", "3", "coarse"]
     place = shares_within(page.box("#photo .frame"), page.box("#photo .seen"))
     # Its middle lies at 0.8 of the height and 0.65 of the width; it sees 0.5 of the height (to the
     # edge of the photo) and 0.3 of the width.
@@ -514,7 +562,8 @@ def test_a_heatmap_of_nothing_is_said_to_be_empty(visit):
     def empty(run):
         run["photos"][1]["heatmaps"][0] = run["photos"][1]["heatmaps"][1] | {"class": 1}
 
-    assert "Nothing speaks for rose" in visit("photo=1", empty).text("#value")
+    words = visit("photo=1", empty).text("#value")
+    assert facts(words) == ["rose"] and "othing" in words
 
 
 def test_a_photo_with_a_single_heatmap_is_compared_with_none(visit):
@@ -522,7 +571,7 @@ def test_a_photo_with_a_single_heatmap_is_compared_with_none(visit):
         del run["photos"][5]["heatmaps"][1]
 
     page = visit("photo=5", single)
-    assert page.texts("#panels figcaption")[1:] == ["For tulip"]
+    assert explained(page) == [["tulip"]]
 
 
 def test_a_class_is_chosen_by_its_bar(visit):
@@ -532,16 +581,16 @@ def test_a_class_is_chosen_by_its_bar(visit):
             heatmaps.append(heatmaps[0] | {"class": class_index})
 
     page = visit("photo=5", three)
-    assert page.texts("#panels figcaption")[2] == "For daisy"
+    assert explained(page)[1] == ["daisy"]
     page.click("#bars input[value=rose]")
-    assert page.texts("#panels figcaption")[2] == "For rose" and address(page)["class"] == "rose"
+    assert explained(page)[1] == ["rose"] and address(page)["class"] == "rose"
     page.press("ArrowUp")
-    assert page.texts("#panels figcaption")[2] == "For daisy" and address(page)["class"] == "daisy"
+    assert explained(page)[1] == ["daisy"] and address(page)["class"] == "daisy"
     page = visit("class=daisy", three)
-    assert shown(page) == PHOTOS[4][0] and page.texts("#panels figcaption")[2] == "For daisy"
+    assert shown(page) == PHOTOS[4][0] and explained(page)[1] == ["daisy"]
     # Another photo is compared with a class of its own.
     page.click("#thumbnails [aria-label^='tulip/f.jpg']")
-    assert page.texts("#panels figcaption")[2] == "For rose" and address(page)["class"] == "rose"
+    assert explained(page)[1] == ["rose"] and address(page)["class"] == "rose"
 
 
 def test_blocks_are_those_that_the_photo_has(visit):
@@ -553,6 +602,135 @@ def test_blocks_are_those_that_the_photo_has(visit):
     assert page.each("#blocks input", "disabled") == [True, False]
     assert page.each("#blocks input", "checked") == [False, True]
     assert "of coarse" in page.text("#value")
+
+
+# ---- Covered places ------------------------------------------------------------------------------
+
+
+def bars(page):
+    return page.each("#bars progress", "value"), page.texts("#bars .number")
+
+
+def test_the_bars_move_while_a_place_is_covered(visit):
+    page = visit("photo=1")
+    before = bars(page)
+    assert before[1] == ["80\xa0%", "15\xa0%", "5\xa0%"]
+    frame = page.box("#photo .frame")
+    for place, (row, column) in ((1, (0, 1)), (2, (1, 0))):
+        page.point(f"#photo .positions span:nth-child({place + 1})")
+        shares, numbers = bars(page)
+        assert shares == pytest.approx([byte / 255 for byte in COVERED[place]])
+        assert numbers == [f"{round(byte / 2.55)}\xa0%" for byte in COVERED[place]]
+        frame = page.box("#photo .frame")
+        covered = shares_within(frame, page.box("#photo .covered"))
+        assert covered == pytest.approx([column / 2, row / 2, 0.5, 0.5], abs=0.01)
+        assert f"row {row + 1}, column {column + 1}" in page.text("#value")
+    page.point("h1")
+    assert bars(page) == before and page.eval("document.querySelector('.covered')") is None
+    page.eval("document.querySelector('#photo .positions span').focus()")
+    page.press("ArrowRight")
+    told = "row 1, column 2 of the photo: rose 80\xa0% → 20\xa0%; it says daisy, 70\xa0%"
+    assert page.text("#value") == f"Without {told}" and bars(page)[1][0] == "20\xa0%"
+    page.click("#thumbnails [aria-label^='daisy/c.jpg']")
+    assert bars(page)[1] == ["60\xa0%", "30\xa0%", "10\xa0%"]
+    assert "no places were blurred out" in page.text("#photo figcaption")
+
+
+def test_a_covered_place_is_blurred(visit, tmp_path):
+    page = visit("photo=1", lambda run: None)
+    sheet = np.array(Image.open(tmp_path / "photos_1.png"))
+    sheet[:40, 40:80] = 255  # the tile of the photo: white below black
+    sheet[:10, 40:80] = 0
+    Image.fromarray(sheet).save(tmp_path / "photos_1.png")
+    page.open(tmp_path / "index.html", "photo=1")
+    page.point("#photo .positions span")
+    left, top, width, height = page.box("#photo .frame")
+    picture = page.picture([left, top + page.eval("scrollY")], [width, height]).astype(int)
+    # Near the edge of black: left in the place that is covered, right beside it.
+    row, columns = int(0.22 * height), [int(width / 4), int(3 * width / 4)]
+    blurred, sharp = picture[row, columns, 0]
+    assert 60 < blurred < 200 and sharp < 30
+
+
+# ---- Training photos -----------------------------------------------------------------------------
+
+
+def test_the_training_photos_that_a_photo_is_most_like_are_shown_by_class(visit):
+    page = visit("photo=1")
+    assert page.texts("#like figcaption") == [
+        "Of rose, the predicted class",
+        "Of daisy, the true class",
+    ]
+    colours = page.colours("#like .tile")
+    assert all(map(near, colours, [tile_colour(11, k) for k in (2, 0, 3)]))
+    rest = page.text("#likeness")
+    assert "12 training photos" in rest
+    page.point("#like .tile")
+    assert page.text("#likeness") == "rose/z.jpg: cosine 0.93"
+    page.point("h1")
+    assert page.text("#likeness") == rest
+    page = visit("photo=1", lambda run: run.update(training=None))
+    assert page.text("#likeness") == "" and page.texts("#like figcaption") == []
+
+
+# ---- The tour ------------------------------------------------------------------------------------
+
+
+def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
+    page = visit("photo=5&true=tulip")
+    page.click("#start")
+    assert page.eval("document.title").startswith(PHOTOS[1][0]) and len(listed(page)) == 8
+    assert address(page) == {"photo": "1", "class": "daisy", "tour": "1", "section": "photos"}
+    guessed = "['verdict', 'bars', 'predicted-map'].map((id) => getComputedStyle($(id)).visibility)"
+    assert page.eval(guessed) == ["hidden"] * 3
+    assert page.eval("getComputedStyle($('photo')).visibility") == "visible"
+    assert all(name in page.text("#question") for name in CLASSES)
+    answers = []
+    for step in range(1, 6):
+        assert page.text("#question").startswith(f"{step} of 5") and not page.eval(
+            "$('answer').open"
+        )
+        assert address(page)["tour"] == str(step)
+        page.click("#answer summary")
+        answers.append(page.text("#told"))
+        if step == 1:
+            assert page.eval(guessed) == ["visible"] * 3
+        if step == 4:
+            # Row 2, column 2 of coarse has its middle at 0.8 down and 0.45 across.
+            assert bars(page)[1][0] == "40\xa0%"
+            place = shares_within(page.box("#photo .frame"), page.box("#photo .covered"))
+            assert place == pytest.approx([0, 0.5, 0.5, 0.5], abs=0.01)
+        if step < 5:
+            page.click("#step-on")
+    assert answers[0].startswith("It says rose, 80\xa0%; it is daisy")
+    assert answers[1] == (
+        "It is highest for rose: 2.5 at row 2, column 2 of coarse. A guess for daisy: 0.34."
+    )
+    assert "rose: up to 2.5 at row 2, column 2" in answers[2]
+    assert "daisy: down to −2 at row 1, column 3" in answers[2]
+    assert "row 2, column 1 of the photo: rose 80\xa0% → 40\xa0%." in answers[3]
+    assert "rose/z.jpg: cosine 0.93" in answers[4] and "daisy/w.jpg: cosine 0.5" in answers[4]
+    page.click("#tour [href='#tour=']")
+    assert not page.eval("$('tour').checkVisibility()") and "tour" not in address(page)
+    assert bars(page)[1][0] == "80\xa0%" and shown(page) == PHOTOS[1][0]
+
+
+def test_without_mistakes_the_tour_takes_the_least_sure_photo_and_what_there_is(visit):
+    def right(run):
+        run["photos"] = run["photos"][:1] + run["photos"][4:6]
+        for number, entry in enumerate(run["photos"]):
+            entry["number"] = number
+            del entry["heatmaps"][1:]
+        run.update(filters=[], channels=[], training=None)
+
+    page = visit("", right)
+    page.click("#start")
+    assert page.eval("document.title").startswith("tulip/e.jpg")
+    for _ in range(4):
+        page.click("#step-on")
+        page.click("#answer summary")
+        assert len(page.text("#told")) > 20
+        assert "undefined" not in page.text("#tour") and "NaN" not in page.text("#tour")
 
 
 # ---- Filters -------------------------------------------------------------------------------------
@@ -604,11 +782,12 @@ def test_filters_stand_on_tabs_of_their_convolutions(visit):
 def test_a_filter_is_shown_beside_what_fires_it(visit, k):
     page = visit(f"photo=0&filter=5.{k}")
     assert page.eval("$('dialog').open")
-    assert f"Convolution 5, filter {k}" in page.text("#title")
+    assert numbers_in_title(page) == sorted([5, k])
     assert page.eval("document.querySelector('#filter-5').checked")
     figures = page.texts("#parts figcaption")
     assert "conv_5" in figures[0]
     assert "rose/a.jpg" in figures[1] and f": {PEAKS[0][k]:g} " in figures[1]
+    assert f"of up to {PATCHES[k][0][3]:g}." in figures[1]
     assert f" {PATCHES[k][0][3]:g}," in figures[2]
     # The whole tile, and nothing of what lies around it.
     for down, across in ((0.5, 0.5), (0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.97, 0.97)):
@@ -646,7 +825,7 @@ def test_an_activation_map_lights_up_the_photo(visit):
 
 def test_a_photo_that_fires_a_filter_has_its_place_framed(visit):
     page = visit("photo=0&filter=5.0")
-    assert "by 7.25" in page.texts("#parts figcaption")[1]
+    assert "7.25" in facts(page.texts("#parts figcaption")[1])
     photo, seen = page.box("#parts figure:nth-child(2) .tile"), page.box("#parts .seen")
     assert shares_within(photo, seen) == pytest.approx(patch_place(2, 4), abs=0.01)
     page = visit("photo=1&filter=5.0")
@@ -688,20 +867,20 @@ def test_a_dialog_opens_steps_and_closes(visit):
     page = visit()
     page.click("document.querySelector('#filter .tab input')")
     page.click("document.querySelectorAll('#filter a')[3]")
-    assert "filter 3" in page.text("#title") and address(page)["filter"] == "5.3"
+    assert numbers_in_title(page) == [3, 5] and address(page)["filter"] == "5.3"
     page.click("#next")
-    assert "filter 0" in page.text("#title") and address(page)["filter"] == "5.0"
+    assert numbers_in_title(page) == [0, 5] and address(page)["filter"] == "5.0"
     page.click("#previous")
-    assert "filter 3" in page.text("#title")
+    assert numbers_in_title(page) == [3, 5]
     page.press("ArrowLeft")
-    assert "filter 2" in page.text("#title")
+    assert numbers_in_title(page) == [2, 5]
     page.press("ArrowRight")
     page.press("ArrowRight")
-    assert "filter 0" in page.text("#title")
+    assert numbers_in_title(page) == [0, 5]
     page.press("Escape")
     assert not page.eval("$('dialog').open") and "filter" not in address(page)
     page.click("document.querySelectorAll('#filter a')[1]")
-    assert "filter 1" in page.text("#title")
+    assert numbers_in_title(page) == [1, 5]
     page.click("#close")
     assert not page.eval("$('dialog').open") and "filter" not in address(page)
 
@@ -727,6 +906,8 @@ def test_filters_stand_in_the_order_that_is_chosen(visit):
         page.click(f"#thumbnails [aria-label^='{PHOTOS[number][0]}']")
         assert filters_in_order(page) == expected
         assert ("no activations" in page.text("#sorted")) == (number >= 2)
+    page.choose("#sort", "selectivity")
+    assert filters_in_order(page) == [1, 3, 0, 2]
     page.choose("#sort", "")
     assert filters_in_order(page) == [0, 1, 2, 3] and page.text("#sorted") == ""
     assert address(page)["section"] == "filters"
@@ -735,10 +916,10 @@ def test_filters_stand_in_the_order_that_is_chosen(visit):
 def test_a_dialog_goes_on_in_the_order_of_the_filters(visit):
     page = visit("sort=class&filter=5.1")
     page.click("#next")
-    assert "filter 3" in page.text("#title")
+    assert numbers_in_title(page) == [3, 5]
     page.click("#previous")
     page.click("#previous")
-    assert "filter 2" in page.text("#title")
+    assert numbers_in_title(page) == [2, 5]
 
 
 def test_a_filter_can_be_shown_by_what_fires_it_most(visit):
@@ -797,7 +978,7 @@ def test_layers_stand_on_tabs_of_their_convolutions(visit):
     page.click("#channel .tab")
     assert len(page.boxes(seen)) == 5 and address(page)["layers"] == "1"
     page = visit("channel=4.2&after=yes")
-    assert page.text("#title") == "Convolution 4, channel 2" and len(page.boxes(seen)) == 3
+    assert numbers_in_title(page) == [2, 4] and len(page.boxes(seen)) == 3
     (colour,) = page.colours("#parts .tile")
     assert near(colour, tile_colour(10, 2))
 
@@ -805,14 +986,14 @@ def test_layers_stand_on_tabs_of_their_convolutions(visit):
 def test_a_channel_is_shown_large_before_and_after(visit):
     page = visit()
     page.click("document.querySelectorAll('#channel a')[4]")
-    assert "Convolution 1, channel 4" in page.text("#title") and address(page)["channel"] == "1.4"
+    assert numbers_in_title(page) == [1, 4] and address(page)["channel"] == "1.4"
     assert [text.split()[-1] for text in page.texts("#parts figcaption")] == [
         "conv_1",
         "activation_1",
     ]
     assert all(map(near, page.colours("#parts .tile"), [tile_colour(7, 4), tile_colour(8, 4)]))
     page.click("#next")
-    assert "channel 0" in page.text("#title")
+    assert numbers_in_title(page) == [0, 1]
 
 
 # ---- The address, the keyboard -------------------------------------------------------------------
@@ -862,9 +1043,9 @@ def test_unknown_values_of_an_address_fall_back_with_a_word(visit, unknown):
 def test_a_class_without_a_heatmap_falls_back_with_a_word(visit):
     page = visit("photo=0&class=tulip")
     word = page.text("#word")
-    assert "no heatmap" in word and "for tulip" in word and "daisy is shown" in word
-    assert page.texts("#panels figcaption")[2] == "For daisy"
-    assert page.text("#without") == "There is no heatmap of this photo for tulip."
+    assert facts(word) == ["tulip", "daisy"] and "no heatmap" in word
+    assert explained(page)[1] == ["daisy"]
+    assert facts(page.text("#without")) == ["tulip"]
 
 
 def test_arrow_keys_go_through_a_group_and_tab_leaves_it(visit):
@@ -921,6 +1102,33 @@ def test_a_page_without_its_run_says_what_is_missing(browser, tmp_path):
     shutil.copy(PAGE, tmp_path)
     browser.open(tmp_path / "index.html")
     assert "run.js is missing" in browser.text("#lead")
+
+
+def test_a_run_of_another_format_is_said_to_be_so(browser, site, tmp_path):
+    shutil.copy(PAGE, tmp_path)
+    write_script(tmp_path, site[1] | {"format": 3})
+    browser.open(tmp_path / "index.html")
+    assert "format 3" in browser.text("#lead") and "--skip-training" in browser.text("#lead")
+    assert not browser.eval("document.querySelector('#thumbnails').checkVisibility()")
+
+
+def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
+    page = visit()
+    rows = [row.split() for row in page.texts("#bins tr")][1:]
+    assert rows == [
+        ["50–67", "%", "1", "of", "1,", "100", "%", "40", "%"],
+        ["67–83", "%", "1", "of", "3,", "33", "%", "60", "%"],
+        ["83–100", "%", "4", "of", "4,", "100", "%", "93", "%"],
+    ]
+    boxes = page.boxes("#bins .count")
+    assert [box[2] / boxes[2][2] for box in boxes] == pytest.approx([0.25, 0.75, 1], abs=0.01)
+    assert "0.123" in page.text("#calibration") and "6 bins" in page.text("#calibration")
+    page.eval("$('reliability').scrollIntoView()")
+    page.settle()
+    _, full, _ = page.colours("#bins .count", 0.5, 0.2)
+    _, empty, _ = page.colours("#bins .count", 0.5, 0.6)
+    assert near(full, (154, 52, 18)) and near(empty, (250, 248, 244))
+    assert page.eval("$('table').href.split('/').at(-1)") == "predictions.csv"
 
 
 HOSTILE = ['"ro\'se"', "</script><b>x", "$x$ & `y`\n\u2028z"]
@@ -1065,7 +1273,7 @@ def test_titles_name_what_is_shown(visit):
     assert page.eval("document.title").startswith("daisy/b.jpg")
     page.click("document.querySelectorAll('#filter a')[4]")
     title = page.eval("document.title")
-    assert title.startswith("Convolution 7, filter 0") and "daisy/b.jpg" in title
+    assert facts(title) == ["7", "0", "daisy/b.jpg"]
 
 
 # ---- The list ------------------------------------------------------------------------------------
@@ -1075,7 +1283,7 @@ def test_the_photo_shown_is_one_of_the_list_with_its_own_class(visit):
     page = visit("photo=0&class=daisy")
     page.choose("#true", "daisy")
     assert shown(page) == PHOTOS[1][0] and address(page)["class"] == "daisy"
-    assert page.texts("#panels figcaption")[1:3] == ["For rose", "For daisy"]
+    assert explained(page)[:2] == [["rose"], ["daisy"]]
     page.choose("#predicted", "daisy")
     assert shown(page) == PHOTOS[7][0] and address(page)["class"] == "rose"
     page.choose("#predicted", "tulip")
@@ -1090,10 +1298,10 @@ def test_the_class_of_an_earlier_photo_is_not_kept(visit):
         heatmaps.append(heatmaps[0] | {"class": 2})
 
     page = visit("photo=7&class=tulip&order=confidence", add_tulip)
-    assert page.texts("#panels figcaption")[2] == "For tulip"
+    assert explained(page)[1] == ["tulip"]
     page.choose("#predicted", "rose")
     assert shown(page) == PHOTOS[2][0]  # which has a heatmap for tulip, too
-    assert page.texts("#panels figcaption")[2] == "For daisy"
+    assert explained(page)[1] == ["daisy"]
 
 
 def test_a_photo_that_is_asked_for_is_in_the_list(visit):
@@ -1121,8 +1329,7 @@ def test_a_filtered_list_says_so_and_can_be_widened(visit):
     page.choose("#predicted", "rose")
     page.choose("#result", "wrong")
     words = page.text("#count")
-    assert words.startswith("Only 2 of 9 photos")
-    assert all(word in words for word in ("true class daisy", "predicted class rose", "wrong"))
+    assert facts(words) == ["2", "9", "daisy", "rose"] and "wrong" in words
     page.choose("#order", "confidence")
     page.click("#show-all")
     assert page.text("#count") == "8 of 9 photos"
@@ -1163,19 +1370,11 @@ def test_names_that_cannot_be_copied_are_marked(visit):
 
 
 TOLD = [
-    (
-        "#predicted-map .positions span:nth-child(6)",
-        "#value",
-        "rose: 2 at row 2, column 3 of coarse",
-    ),
-    ("#thumbnails a:nth-child(2) .tile", "#thumbnail", "daisy/b.jpg: It says rose, 80\xa0%"),
-    (
-        "#filter .panel .tile",
-        "#filter-5-told",
-        "filter 0 of convolution 5: fires by up to 9.5, on tulip/f.jpg",
-    ),
-    ("#channel .panel .tile", "#channel-1-told", "channel 0 of convolution 1, conv_1"),
-    ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", "tulip predicted as daisy: 0"),
+    ("#predicted-map .positions span:nth-child(6)", "#value", ["rose", "2", "2", "3", "coarse"]),
+    ("#thumbnails a:nth-child(2) .tile", "#thumbnail", ["daisy/b.jpg", "rose", "80"]),
+    ("#filter .panel .tile", "#filter-5-told", ["0", "5", "9.5", "tulip/f.jpg"]),
+    ("#channel .panel .tile", "#channel-1-told", ["0", "1", "conv_1"]),
+    ("#confusion tr:nth-child(4) td:nth-child(2) span", "#cell", ["tulip", "daisy", "0"]),
 ]
 
 
@@ -1183,14 +1382,14 @@ def test_a_value_is_told_while_it_is_pointed_at_and_no_longer(visit):
     page = visit("photo=0&patterns=5")
     for part, output, told in TOLD:
         before = page.text(output)
-        assert not before.startswith(told)
+        assert facts(before)[: len(told)] != told
         page.point(part)
-        assert page.text(output).startswith(told)
+        assert facts(page.text(output))[: len(told)] == told
         page.point("h1")
         assert page.text(output) == before
         if "td" not in part:
             page.eval(f"document.querySelector({part!r}).closest('[tabindex]').focus()")
-            assert page.text(output).startswith(told)
+            assert facts(page.text(output))[: len(told)] == told
             page.eval("document.activeElement.blur()")
             assert page.text(output) == before
 
@@ -1199,8 +1398,8 @@ def test_patches_tell_their_place_counted_from_one(visit):
     page = visit("filter=5.0")
     for k, (number, row, column, activation) in enumerate(PATCHES[0], start=1):
         page.point(f"#parts .sheet a:nth-child({k})")
-        place = f"at row {row + 1}, column {column + 1} of activation_5"
-        assert page.text("#part") == f"{PHOTOS[number][0]}: {activation:g} {place}"
+        place = [str(row + 1), str(column + 1), "activation_5"]
+        assert facts(page.text("#part")) == [PHOTOS[number][0], f"{activation:g}", *place]
     page.point("#title")
     assert page.text("#part").strip() == ""
 
@@ -1229,11 +1428,14 @@ def test_numbers_stand_in_one_line_and_pictures_keep_their_place(visit, browser)
         assert page.eval("document.documentElement.scrollWidth") == 390
     finally:
         browser.resize(*WINDOW)
-    # Their files are squares.
     page = visit()
-    for picture, ratio in (("#strip", 1611 / 433), ("#curves img", 1311 / 511)):
-        _, _, width, height = page.box(picture)
-        assert width / height == pytest.approx(ratio, rel=0.01)
+    _, _, width, height = page.box("#strip")  # its file is a square
+    assert width / height == pytest.approx(1611 / 433, rel=0.01)
+    sizes = page.eval(
+        "[...document.querySelectorAll('#curves img, #pictures img')].map((it) =>"
+        "[it.getAttribute('width'), it.getAttribute('height')])"
+    )
+    assert sorted(sizes) == [["300", "100"], ["40", "40"]]
 
 
 def test_the_gallery_is_a_list_that_opens(visit):
