@@ -982,6 +982,8 @@ def test_of_several_sigmoids_each_class_is_judged_by_itself():
 def test_what_is_said_of_a_photo_need_not_add_up_to_one():
     said = study.verdict(CLASSES, np.array([0.74, 0.91, 0.2]), None, is_multi_label=True)
     assert said == "It says rose 91 % and daisy 74 %"
+    said = study.verdict(CLASSES, np.array([0.74, 0.91, 0.2]), 0, is_multi_label=True)
+    assert said == "It says rose 91 % and daisy 74 %; its class is daisy"
     said = study.verdict(CLASSES, np.array([0.3, 0.1, 0.2]), 2, is_multi_label=True)
     assert "none" in said and "daisy, 30 %" in said and "its class is tulip, 20 %" in said
 
