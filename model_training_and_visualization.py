@@ -1903,8 +1903,8 @@ def draw_survey(
     with Progress() as progress:
         patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
-        likest = nearest_photos(survey, training, seed) if training else None
-        draw_page(output, survey, explained, pictures, record, command, progress, likest)
+        nearest = nearest_photos(survey, training, seed) if training else None
+        draw_page(output, survey, explained, pictures, record, command, progress, nearest)
 
 
 def explain_chosen(survey):
