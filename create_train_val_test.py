@@ -651,7 +651,7 @@ def show_next_step(output):
     weights = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
     keras_home = os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras"))  # noqa: PTH111
     if not Path(keras_home, "models", weights).exists():
-        print("ImageNet's weights (88 MB) are downloaded first; --weights none does without them.")
+        print("ImageNet's weights (88 MB) are downloaded first; --quick can do without them.")
     training = beside_this_script("model_training_and_visualization.py")
     print(f"Next: {pasteable('python', training, '--data', output)}")
 

@@ -4,19 +4,22 @@
     python model_training_and_visualization.py
 
 The chapter follows a run: 1 photos, 2 model, 3 training, 4 evaluation, 5 activation grids, 6 filter
-patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 everything drawn. The workshop behind it
-holds the tools, and may be skipped. Three techniques work on their own, for any functional or
-Sequential Keras classifier that takes 0–255 RGB, and return arrays:
+patterns, 7 what fires a filter, 8 Grad-CAM heatmaps, 9 concepts, 10 everything drawn. The workshop
+behind it holds the tools, and may be skipped. Four techniques work on their own, for any functional
+or Sequential Keras classifier that takes 0–255 RGB (or the Network of another), and return arrays:
 
     activation_grid(model, photo, "conv2d_3")
     filter_patterns(model, "conv2d_39", range(64))
     grad_cam(model, photo, "mixed10", class_index=2)
+    concepts(model, photos)
 """
 
 import argparse
 import base64
 import contextlib
 import csv
+import hashlib
+import http.client
 import importlib
 import inspect
 import io
@@ -25,13 +28,15 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -63,6 +68,11 @@ AUGMENTATION = {
     "height_shift_range": 0.2,
     "horizontal_flip": True,
 }
+DEFAULTS = {"weights": "imagenet", "image_size": 299, "batch_size": 32, "epochs": 10}
+# --quick: at 235 pixels a heatmap has 6 × 6 positions; with 5 × 5 of them, at 203 pixels, it was no
+# better than a guess at the middle of the photo. From scratch it takes more epochs.
+QUICK = {"weights": "imagenet", "image_size": 235, "batch_size": 16, "epochs": 2}
+QUICK_FROM_SCRATCH = {"weights": "none", "image_size": 139, "batch_size": 16, "epochs": 8}
 # In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
 GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
@@ -77,6 +87,7 @@ def main(options, build=None, **pattern_settings):
     blocks. pattern_settings: see draw_survey.
     """
     prepare_libraries()
+    tell_of_unused_gpu(tf.config.list_physical_devices("GPU"))
     require_writable(options.output)
     require_photos(options.photos)
     if options.skip_training:
@@ -86,11 +97,14 @@ def main(options, build=None, **pattern_settings):
     try:
         photos, labels = photos_and_labels(options.photos, test)
         read = test.read if test else None
-        survey = survey_photos(Network(model), photos, labels, class_names, read)
+        network, seed = network_of(model), options.seed
+        survey = survey_photos(network, photos, labels, class_names, read, seed)
+        if options.skip_training:
+            warn_of_pixels(survey, printable(options.model.name), "--pixels {}")
         report(survey, options)
         command = pasteable("python", *without_folders(sys.argv))
         training = training_photos(options.data / "train", class_names)
-        settings = {"seed": options.seed, "training": training} | pattern_settings
+        settings = {"seed": seed, "training": training} | pattern_settings
         draw_survey(survey, options.output, record, command, **settings)
     except KeyboardInterrupt:
         print(f"\nThe model is saved in {printable(options.model)}; --skip-training draws it.")
@@ -102,6 +116,9 @@ def main(options, build=None, **pattern_settings):
 # ---- Options, which are read before TensorFlow loads: --help need not wait for seconds -----------
 
 BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's, from the photo to the classes
+# What a model can take for a photo's 0–255; the last three are the modes of Keras's
+# preprocess_input: −1 to 1, BGR less ImageNet's mean, and normalized by its mean and deviation.
+PIXELS = ("0..255", "0..1", "tf", "caffe", "torch")
 
 
 def parse_options(words=None):
@@ -121,7 +138,23 @@ def parse_options(words=None):
         metavar="FILE",
         help="where the model is saved, or drawn from (default: inceptionv3.keras)",
     )
-    add("--skip-training", action="store_true", help="draw from the saved model in --model")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--quick",
+        action="store_true",
+        help="a first look in minutes: smaller photos, fewer epochs, from scratch where ImageNet's "
+        "weights cannot be had",
+    )
+    way.add_argument(
+        "--skip-training", action="store_true", help="draw from the saved model in --model"
+    )
+    add(
+        "--pixels",
+        default=PIXELS[0],
+        choices=PIXELS,
+        help="what the saved model was trained on: 0..255, 0..1, or a mode of Keras's "
+        "preprocess_input, where tf is -1..1 (default: 0..255)",
+    )
     add(
         "--photos",
         type=Path,
@@ -132,16 +165,14 @@ def parse_options(words=None):
     )
     add(
         "--weights",
-        default="imagenet",
         metavar="START",
         help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
     )
-    add("--epochs", type=int, default=10, metavar="N", help="of all phases (default: 10)")
-    add("--batch-size", type=int, default=32, metavar="N", help="photos a step (default: 32)")
+    add("--epochs", type=int, metavar="N", help="of all phases (default: 10)")
+    add("--batch-size", type=int, metavar="N", help="photos a step (default: 32)")
     add(
         "--image-size",
         type=int,
-        default=299,
         metavar="N",
         help="side of the model's square input, if the model leaves it open (default: 299)",
     )
@@ -159,12 +190,19 @@ def parse_options(words=None):
         metavar="RATE",
         help="its peak, except while the head learns alone (default: 3e-4; from scratch 5e-4)",
     )
+    add("--balance", action="store_true", help="let classes of unlike size weigh alike")
     add("--mixed-precision", action="store_true", help="half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
     _check_options(parser, options)
-    return options
+    return options if options.quick else completed(options, DEFAULTS)
+
+
+def completed(options, settings):
+    """The options, with these settings where nothing was given."""
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return argparse.Namespace(**vars(options) | settings | given)
 
 
 def _check_options(parser, options):
@@ -181,6 +219,8 @@ def _check_options(parser, options):
         if value is not None and not least <= value <= min(most, sys.float_info.max):
             limit = f"from {least} to {most}" if most < math.inf else f"{least} or more"
             parser.error(f"argument --{name.replace('_', '-')}: must be {limit}, not {value}")
+    if options.pixels != PIXELS[0] and not options.skip_training:
+        parser.error("argument --pixels: is for a saved model; add --skip-training")
     file = printable(options.model)
     suffixes = (".keras", ".h5", ".hdf5") if options.skip_training else (".keras",)
     if options.model.suffix not in suffixes:
@@ -189,6 +229,50 @@ def _check_options(parser, options):
         parser.error(f"argument --model: {file} is a folder; name a file")
 
 
+# TensorFlow writes these when it is loaded, whatever its settings say, and they mean nothing here.
+START_UP_LINES = (
+    "WARNING: All log messages before absl::InitializeLog",
+    "oneDNN custom operations are on",
+    "Could not find cuda drivers on your machine",
+)
+KEEPER = """
+import os, sys
+text = b""
+while not text.endswith(b"\\0"):
+    part = os.read(0, 65536)
+    if not part:  # the other side has crashed
+        break
+    text += part
+known = [words.encode() for words in sys.argv[1:]]
+lines = text.removesuffix(b"\\0").splitlines(keepends=True)
+harmless = all(any(words in line for words in known) for line in lines)
+if not (text.endswith(b"\\0") and harmless):
+    os.write(2, b"".join(lines))
+"""
+
+
+@contextlib.contextmanager
+def without_lines(known):
+    """Keep what comes on the standard error, and pass it on whole unless every line is known.
+
+    known: words, of which each line that is known holds some. Another process keeps the text, so
+    that it comes even if this one crashes, as TensorFlow does on a processor that it cannot use.
+    """
+    command = [sys.executable, "-I", "-S", "-c", KEEPER, *known]
+    # A session of its own, as Ctrl-C would end it too.
+    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    stderr = os.dup(2)
+    os.dup2(keeper.stdin.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        keeper.communicate(b"\0")
+
+
+@without_lines(START_UP_LINES)
 def _load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
@@ -227,6 +311,7 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 import rich.progress
+import scipy.sparse.linalg
 import tensorflow as tf
 from keras import layers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -306,17 +391,18 @@ def _split_command(folder):
     return pasteable(*words)
 
 
-def photo_reader(size):
+def photo_reader(size, decode=read_photo):
     """A function that reads a photo as the model is to see it, and keeps it for the next time.
 
-    size: (height, width) in pixels. The function takes a path, returns (height, width, 3) uint8
-    RGB, 0–255, and raises Stop if the file does not decode.
+    size: (height, width) in pixels. decode: read_photo, or what a Network puts in its place. The
+    function takes a path, returns (height, width, 3) uint8 RGB, 0–255, and raises Stop if the file
+    does not decode.
     """
     height, width = size
 
     @lru_cache(maxsize=4000)  # about 1 GB at 299 pixels; more are decoded again in every epoch
     def read(path):
-        photo = Image.fromarray(read_photo(path, at_least=max(height, width)))
+        photo = Image.fromarray(decode(path, at_least=max(height, width)))
         return np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
 
     return read
@@ -433,13 +519,12 @@ def build_model(class_count, image_size, weights):
 
 def _backbone(scaled, weights):
     """InceptionV3 without its top on scaled photos, with the weights that build_model is given."""
-    inception = partial(keras.applications.InceptionV3, include_top=False, input_tensor=scaled)
     if weights == "imagenet":
         try:
-            return inception(weights="imagenet")  # which Keras downloads once
-        except Exception as error:  # a bare Exception where Keras cannot reach the address
-            raise Stop(_imagenet_failure(), exit_code=1) from error
-    base = inception(weights=None)
+            weights = imagenet_weights()
+        except OSError as error:
+            raise Stop(_imagenet_failure(error), exit_code=1) from error
+    base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
     if weights != "none":
         return load_backbone_weights(base, Path(weights))
     if base.output.shape[1] < FEWEST_POSITIONS:
@@ -447,14 +532,12 @@ def _backbone(scaled, weights):
     return base
 
 
-def _imagenet_failure():
-    """The message where ImageNet's weights cannot be fetched: the address, and other choices."""
-    address = sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
-    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-    file = home / "models" / address.rpartition("/")[2]
+def _imagenet_failure(error):
+    """The message where ImageNet's weights cannot be fetched: where from, why, other choices."""
+    address = imagenet_address()
     return (
-        f"ImageNet's weights cannot be fetched from {address}\n"
-        f"Put that file by hand at {printable(file)},\n"
+        f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
+        f"Put that file by hand at {printable(cached_file(address))},\n"
         "or start from a file with --weights FILE, or from scratch with --weights none."
     )
 
@@ -491,8 +574,7 @@ def load_backbone_weights(base, path):
             with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
                 base.load_weights(path)
             return base
-        # Safe mode, which is Keras's default, runs no code from the file.
-        saved = keras.saving.load_model(path, compile=False)
+        saved = load_saved(path)
         backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
         poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
         if any(layer.strides == (1, 1) for layer in poolings):
@@ -523,6 +605,20 @@ def _holds_model(path):
 # falls to 0 along a cosine.
 
 FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
+
+
+def differ_in_size(counts):
+    """Whether the largest of classes with so many photos has more than twice the smallest's."""
+    return max(counts) > 2 * min(counts)
+
+
+def balancing_weights(labels):
+    """{class index: weight of its photos in the loss}: all classes weigh alike, 1 in the mean.
+
+    labels: (n,) class indices, with each class among them.
+    """
+    counts = np.bincount(labels)
+    return dict(enumerate((len(labels) / (len(counts) * counts)).tolist()))
 
 
 @dataclass(frozen=True)
@@ -556,12 +652,14 @@ def training_phases(epochs, weights, freeze_below, learning_rate=None):
     return [head, fine_tuning] if epochs > head_end else [head]
 
 
-def train(model, splits, phases, checkpoints):
+def train(model, splits, phases, checkpoints, balance=False):
     """Train through the phases, from the epoch where the checkpoints stand.
 
-    Raises Stop where the loss becomes NaN or the memory runs out.
+    balance: photos weigh in the loss so that all classes weigh alike. Raises Stop where the loss
+    becomes NaN or the memory runs out.
     """
     batches = splits["train"]
+    weights = balancing_weights(batches.labels) if balance else None
     for phase in phases:
         if checkpoints.epochs >= phase.end_epoch:
             continue
@@ -577,6 +675,7 @@ def train(model, splits, phases, checkpoints):
             model.fit(
                 batches,
                 validation_data=splits["validation"],
+                class_weight=weights,
                 shuffle=False,  # the photos shuffle themselves, by seed and epoch
                 initial_epoch=checkpoints.epochs,
                 epochs=phase.end_epoch,
@@ -650,12 +749,14 @@ def train_and_save(options, build=build_model):
     """Train, and save the model of the best epoch. Returns what open_saved returns."""
     require_writable(options.model.parent)
     require_whole_split(options.data)
+    if options.quick:
+        options = quick_options(options)
     size = (options.image_size, options.image_size)
     splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
     phases = training_phases(
         options.epochs, options.weights, options.freeze_below, options.learning_rate
     )
-    _describe(splits, class_names, phases)
+    _describe(splits, class_names, phases, options.balance)
     options.model.parent.mkdir(parents=True, exist_ok=True)
     lock = options.model.with_name(f".{options.model.name}.lock")
     busy = (
@@ -692,14 +793,14 @@ def _train_from(options, splits, phases, checkpoints, build):
         model = build(splits["train"].class_count, options.image_size, options.weights)
         if options.resume:
             checkpoints.resume(model)
-        train(model, splits, phases, checkpoints)
+        train(model, splits, phases, checkpoints, options.balance)
     keras.config.set_dtype_policy("float32")
     best = checkpoints.file_of(checkpoints.best_epoch)
     return in_float32(keras.saving.load_model(best, compile=False))
 
 
-def _describe(splits, class_names, phases):
-    """Print what is about to be trained, and a warning where the photos are too few to judge by."""
+def _describe(splits, class_names, phases, balance):
+    """Print what is about to be trained, and warnings: of few photos, or classes unlike in size."""
     counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
     stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
     names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
@@ -709,11 +810,19 @@ def _describe(splits, class_names, phases):
         if fewest < FEW_PHOTOS:
             few = f"{split} has a class of {fewest} photos"
             print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
+    sizes = np.bincount(splits["train"].labels)
+    if differ_in_size(sizes):
+        largest, smallest = (
+            f"{sizes[k]} of {printable(class_names[k])}" for k in (sizes.argmax(), sizes.argmin())
+        )
+        remedy = "weighed alike (--balance)" if balance else "--balance lets them weigh alike"
+        print(f"The classes differ in size ({largest}, {smallest}): {remedy}.")
 
 
 def _run_settings(options, splits, phases):
     """What the training depends on, for its record."""
     names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
+    names += ("balance",)
     settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
     settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
     settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
@@ -732,26 +841,55 @@ class Evaluation:
 
     class_names: list
     labels: np.ndarray  # (n,) true class indices
-    probabilities: np.ndarray  # (n, classes) float, each row sums to 1
+    probabilities: np.ndarray  # (n, classes) float, each row sums to 1 unless is_multi_label
+    is_multi_label: bool = False  # the model tells of each class by itself whether it is there
 
     @cached_property
     def predicted(self):
-        return self.probabilities.argmax(1)
+        """(n, classes) booleans; see predicted_classes."""
+        return predicted_classes(self.probabilities, self.is_multi_label)
+
+    @cached_property
+    def correct(self):
+        """(n,) booleans: whether the true class is predicted."""
+        return self.predicted[np.arange(len(self.labels)), self.labels]
 
     @cached_property
     def accuracy(self):
-        return float(np.mean(self.predicted == self.labels))
+        return float(np.mean(self.correct))
+
+    @cached_property
+    def accuracy_interval(self):
+        """(lowest, highest) accuracy that goes with these photos at 95 %: Wilson's interval."""
+        from scipy.stats import binomtest  # which takes a second to load
+
+        test = binomtest(int(self.correct.sum()), len(self.labels))
+        return tuple(test.proportion_ci(confidence_level=0.95, method="wilson"))
+
+    @cached_property
+    def balanced_accuracy(self):
+        """The mean of the classes' recall: each class counts alike, however many photos it has."""
+        return float(np.nanmean(self.recall))
 
     @cached_property
     def loss(self):
-        losses = keras.losses.sparse_categorical_crossentropy(self.labels, self.probabilities)
+        if self.is_multi_label:
+            true = np.eye(len(self.class_names))[self.labels]
+            losses = keras.losses.binary_crossentropy(true, self.probabilities)
+        else:
+            losses = keras.losses.sparse_categorical_crossentropy(self.labels, self.probabilities)
         return float(np.mean(losses))
 
     @cached_property
+    def photos(self):
+        """(classes,) the number of photos of each class."""
+        return np.bincount(self.labels, minlength=len(self.class_names))
+
+    @cached_property
     def confusion(self):
-        """(classes, classes) counts: row the true class, column the predicted one."""
+        """(classes, classes) counts: row the true class, column the predicted one or ones."""
         counts = np.zeros((len(self.class_names),) * 2, int)
-        np.add.at(counts, (self.labels, self.predicted), 1)
+        np.add.at(counts, self.labels, self.predicted)
         return counts
 
     @property
@@ -762,12 +900,12 @@ class Evaluation:
     @property
     def recall(self):
         """(classes,) share of a class's photos that are called so; nan for a class without any."""
-        return _shares(np.diag(self.confusion), self.confusion.sum(1))
+        return _shares(np.diag(self.confusion), self.photos)
 
     @property
     def largest_share(self):
         """The accuracy of always guessing the most frequent class."""
-        return np.bincount(self.labels).max() / len(self.labels)
+        return self.photos.max() / len(self.labels)
 
     @property
     def chance(self):
@@ -777,12 +915,17 @@ class Evaluation:
 
     @property
     def is_no_better_than_chance(self):
-        return self.accuracy <= self.chance
+        # Who may name several classes is not right by chance alone, but by naming all.
+        return not self.is_multi_label and self.accuracy <= self.chance
 
     @property
     def fewest_photos(self):
         """The number of photos of the smallest class."""
-        return int(self.confusion.sum(1).min())
+        return int(self.photos.min())
+
+    @property
+    def is_unbalanced(self):
+        return differ_in_size(self.photos)
 
     @property
     def has_few_photos(self):
@@ -794,21 +937,30 @@ def _shares(counts, totals):
     return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
 
 
-def doubt(probabilities, labels):
+def predicted_classes(probabilities, is_multi_label=False):
+    """(n, classes) booleans: the most probable class; in a multi-label model all from 0.5 up."""
+    if is_multi_label:
+        return probabilities >= 0.5
+    return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
+
+
+def doubt(probabilities, labels, is_multi_label=False):
     """A sort key (n,): the worst mistake is lowest, the most certain photo highest.
 
     A mistake is the worse the less probable its true class is (from -1 to 0); of the others the
     least confident are lowest (0 to 1). labels: true class indices, -1 where not known.
     """
     confidence = probabilities.max(1)
-    of_true_class = probabilities[np.arange(len(labels)), labels]  # of -1 the last, which is unused
-    is_mistake = (labels >= 0) & (probabilities.argmax(1) != labels)
+    rows = np.arange(len(labels))
+    of_true_class = probabilities[rows, labels]  # of -1 the last, which is unused
+    predicted = predicted_classes(probabilities, is_multi_label)
+    is_mistake = (labels >= 0) & ~predicted[rows, labels]
     return np.where(is_mistake, of_true_class - 1, confidence)
 
 
 def example_order(evaluation):
     """All photo indices: the most confident correct one, then by doubt, worst mistakes first."""
-    doubts = doubt(evaluation.probabilities, evaluation.labels)
+    doubts = doubt(evaluation.probabilities, evaluation.labels, evaluation.is_multi_label)
     by_doubt = np.argsort(doubts, kind="stable").tolist()
     if doubts.max() < 0:
         return by_doubt
@@ -817,26 +969,43 @@ def example_order(evaluation):
 
 
 def evaluation_report(evaluation):
-    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused."""
+    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused.
+
+    Of a multi-label model, which may name several classes or none, only what has a meaning then.
+    """
     names = [printable(name) for name in evaluation.class_names]
-    width = max(map(len, names))
+    width = max(5, *map(len, names))
     lines = [
-        f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}",
+        f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}"
+        f"  ({accuracy_text(evaluation)})",
         f"{'class':{width}}  precision  recall  photos",
     ]
-    photos = evaluation.confusion.sum(1)
-    columns = zip(names, evaluation.precision, evaluation.recall, photos, strict=True)
+    if evaluation.is_multi_label:
+        lines[0] = f"Test: loss {evaluation.loss:.4f} (each class by itself, called so from 0.5 up)"
+    columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
     for name, precision, recall, count in columns:
         precision, recall = _share_text(precision), _share_text(recall)
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
-    lines.append(most_confused(evaluation.confusion, names))
-    error = calibration_error(evaluation)
-    lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
+    if not evaluation.is_multi_label:
+        lines.append(most_confused(evaluation.confusion, names))
+        error = calibration_error(evaluation)
+        lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
     if evaluation.is_no_better_than_chance:
         lines.append(
             "Warning: this accuracy is no better than chance; train longer, on more photos."
         )
     return "\n".join(lines)
+
+
+def accuracy_text(evaluation):
+    """The accuracy and how sure it is: "95 % of 170 test photos (91 to 98 %)"."""
+    low, high = evaluation.accuracy_interval
+    count = len(evaluation.labels)
+    text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
+    text += f" ({100 * low:.0f} to {percent(high)})"
+    if evaluation.is_unbalanced:
+        text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
+    return text
 
 
 def _share_text(share):
@@ -902,6 +1071,8 @@ def draw_evaluation(output, evaluation, record=None):
     """
     save_confusion_matrix(output / "confusion_matrix.png", evaluation)
     caption = "How often each true class (row) is taken for each class (column)"
+    if evaluation.is_multi_label:
+        caption = "How often each class (column) is named, from 0.5 up, in photos of each (row)"
     pictures = [Picture("confusion_matrix.png", caption)]
     if record:
         path = output / "training_curves.png"
@@ -1094,7 +1265,7 @@ def filter_patterns(
             with bfloat16_where_fast():
                 for _ in range(steps):
                     coefficients, momentum = step(coefficients, momentum, filters[piece])
-            image = _waves_to_image(coefficients, canvas, scale)
+            image = network.as_seen(_waves_to_image(coefficients, canvas, scale))
             pictures[piece] = np.rint(_full_contrast(image))
             finished = tf.constant(pictures[piece], tf.float32)
             (activation,) = network.compute(finished, [convolution.activation], folded=True)
@@ -1125,7 +1296,7 @@ def _ascent_step(network, layer_name, waves, scale, margin):
     def step(coefficients, momentum, filters):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(coefficients)
-            images = _bounded(_waves_to_image(coefficients, waves, scale))
+            images = _bounded(network.as_seen(_waves_to_image(coefficients, waves, scale)))
             (maps,) = network.compute(images, [layer_name], folded=True)
             means = tf.reduce_mean(maps[:, start[0] : end[0], start[1] : end[1]], (1, 2))
             # An image changes only its own mean, so the gradient of the sum is each image's own.
@@ -1264,8 +1435,7 @@ EXAMPLE_PATCHES = 5
 PATCH_SIDE = 160  # pixels, also of the pattern beside it
 
 
-@dataclass(frozen=True)
-class Peaks:
+class Peaks(NamedTuple):
     """Where in each of n photos the filters of a layer fire most."""
 
     values: np.ndarray  # (n, filters), the highest activation
@@ -1320,12 +1490,7 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     start = np.floor((middle - reach) * to_photo + 1e-6).astype(int).clip(0)
     end = np.ceil((middle + reach) * to_photo - 1e-6).astype(int).clip(start + 1)
     seen = photo[start[0] : end[0], start[1] : end[1]]
-    height, width = np.maximum(1, np.round(side / max(seen.shape) * np.array(seen.shape[:2])))
-    seen = cv2.resize(seen, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-    patch = np.full((side, side, 3), BACKGROUND, "uint8")
-    top, left = (side - seen.shape[0]) // 2, (side - seen.shape[1]) // 2
-    patch[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
-    return patch
+    return in_square(seen, side)
 
 
 def draw_examples(output, network, patterns, peaks, paths):
@@ -1343,17 +1508,17 @@ def draw_examples(output, network, patterns, peaks, paths):
     for number in filters:
         patches = []
         for k in top_photos(peaks, number):
-            photo, position = read_photo(paths[k]), peaks.positions[k, number]
+            photo, position = network.read_photo(paths[k]), peaks.positions[k, number]
             patch = cut_patch(photo, network.input_size, field, position)
-            patches.append((patch, float(peaks.values[k, number])))
-        rows.append(patches)
+            patches.append((patch, f"{peaks.values[k, number]:.2f}"))
+        rows.append([(patterns.pictures[number], ""), *patches])
     caption = (
         f"What fires {convolution}: {len(filters)} of its {convolution.channels} filters, the most "
         f"selective first\nnumber, pattern, and the patches of {len(paths)} photos that "
         "fire it most, with the activation"
     )
     file = f"conv2d_{convolution.number}_examples.jpg"
-    save_examples(output / file, filters, patterns.pictures[filters], rows, caption)
+    save_rows(output / file, [str(number) for number in filters], rows, caption)
     return [Picture(file, caption)]
 
 
@@ -1396,18 +1561,32 @@ def uncut_grad_cam(forward, inputs, classes):
     forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
     or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
     """
+    found = channel_weights(forward, inputs, classes)
+    return [weighted_sum(feature_maps, weights) for feature_maps, weights in found]
+
+
+def channel_weights(forward, inputs, classes):
+    """Grad-CAM's weights of the channels, for k classes of n photos: for each layer a pair.
+
+    Its feature maps (n, h, w, channels), and (n, k, channels), how much each channel raises the
+    logit: its gradient's mean over the positions. The arguments are those of uncut_grad_cam.
+    """
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(inputs)
         *features, logits = forward(inputs)
         # A photo changes only its own logit, so the gradient of the sum is each photo's own.
         sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
-    uncut = [[] for _ in features]
+    weights = [[] for _ in features]
     for logit_sum in sums:
         gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
-        for of_layer, feature_maps, gradient in zip(uncut, features, gradients, strict=True):
-            weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (n, 1, 1, channels)
-            of_layer.append(tf.reduce_sum(weights * feature_maps, axis=-1).numpy())
-    return [np.stack(of_layer, axis=1) for of_layer in uncut]
+        for of_layer, gradient in zip(weights, gradients, strict=True):
+            of_layer.append(tf.reduce_mean(gradient, axis=(1, 2)).numpy())
+    return [(features[k], np.stack(of_layer, axis=1)) for k, of_layer in enumerate(weights)]
+
+
+def weighted_sum(feature_maps, weights):
+    """Feature maps (n, h, w, channels) summed with (n, k, channels) weights: (n, k, h, w)."""
+    return tf.einsum("nhwc,nkc->nkhw", feature_maps, weights).numpy()
 
 
 def place_heatmap(heatmap, field, size):
@@ -1517,6 +1696,7 @@ class Explanation:
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
     uncut: dict
     deletion: Deletion | None = None  # of the heatmap; None where it is empty
+    is_multi_label: bool = False
 
     @property
     def predicted_index(self):
@@ -1570,11 +1750,15 @@ class Explanation:
 
     @property
     def is_mistake(self):
-        return self.true_index is not None and self.predicted_index != self.true_index
+        if self.true_index is None:
+            return False
+        (predicted,) = predicted_classes(self.probabilities[None], self.is_multi_label)
+        return not predicted[self.true_index]
 
     @property
     def verdict(self):
-        return verdict(self.class_names, self.probabilities, self.true_index)
+        known = (self.class_names, self.probabilities, self.true_index, self.is_multi_label)
+        return verdict(*known)
 
 
 def most_probable(probabilities):
@@ -1595,16 +1779,25 @@ def _classes_in_question(probabilities, labels):
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
-def verdict(class_names, probabilities, true_index):
+def verdict(class_names, probabilities, true_index, is_multi_label=False):
     """What the model says of a photo and, where that is known (not None), what is true."""
     first, second = most_probable(probabilities)[:2]
     named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
-    if true_index is None:
+    if is_multi_label:
+        (predicted,) = predicted_classes(probabilities[None], is_multi_label)
+        several = [k for k in most_probable(probabilities)[:5] if predicted[k]]
+        said = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
+        said = f"It says {said}" if several else f"It says none of its classes; {named[first]}"
+    elif true_index is None:
         return f"It says {named[first]}; {named[second]}"
-    if first == true_index:
+    elif first == true_index:
         return f"It says {named[first]}, and is right"
+    else:
+        said = f"It says {named[first]}"
+    if true_index is None:
+        return said
     share = percent(probabilities[true_index])
-    return f"It says {named[first]}; its class is {class_names[true_index]}, {share}"
+    return f"{said}; its class is {class_names[true_index]}, {share}"
 
 
 def deletion_caption(explanation):
@@ -1710,7 +1903,302 @@ def draw_mistakes(output, network, explanations):
     return [Picture("CAM_mistakes.jpg", caption)]
 
 
-# ---- 9. Everything drawn -------------------------------------------------------------------------
+# ---- 9. Concepts: what the evidence for a class is made of ---------------------------------------
+# A heatmap tells where something speaks for a class, not what it is. Single channels do not tell
+# either, as hundreds of them share the work. But they fire in company: at each position the
+# channels of the last layer are nearly a sum of a few *concepts*, each a set of channels that fire
+# together, such as a white seed ball or the whorl of a rose. Non-negative matrix factorization
+# finds them ("The Building Blocks of Interpretability", Olah et al., 2018; CRAFT, Fel et al.,
+# 2023). What a concept adds to the logit of a class is its share, in which Grad-CAM's sum over the
+# positions falls apart.
+
+CONCEPT_COUNTS = (6, 10, 16, 24)  # the first of these that keeps CONCEPTS_KEEP is taken
+CONCEPTS_KEEP = 0.95  # of the photos must keep their predicted class on the concepts alone
+CONCEPT_PHOTOS = 300  # in which concepts are looked for, chosen by seed
+FACTORIZATION_STEPS = 15  # more explain hardly more
+CONCEPTS_A_CLASS = 3  # drawn, the strongest ones
+CONCEPTS_A_PHOTO = 4
+CLASSES_DRAWN = 10  # at most, on the sheet of concepts
+SMALLEST_PART = 0.05  # of what speaks for a class: what makes up less is not named
+CONCEPT_EXAMPLES = 5  # photos beside a concept that hold most of it
+DARKEST = 0.15  # brightness of a photo where a concept does not lie
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """What the feature maps of a layer are made of, the strongest concept first."""
+
+    vectors: np.ndarray  # (k, channels) float32 >= 0, of length 1
+    maps: np.ndarray  # (n, h, w, k) float32 >= 0: how strong each is in the photos it was found in
+    explained: float  # share of the activations' squares that the sum of the concepts makes up
+    kept: float  # share of the photos whose predicted class the sum alone keeps
+
+
+def concepts(model, photos, count=None):
+    """The Concepts of a model in these photos.
+
+    model: a Keras model or a Network. photos: (height, width, 3) RGB each, 0–255, of any size.
+    count: how many; without it the fewest of CONCEPT_COUNTS that are true to CONCEPTS_KEEP.
+    """
+    network = network_of(model)
+    layer = [network.heatmap_layer]
+    found = [network.activations(network.as_batch(photo), layer)[0] for photo in photos]
+    return factorize(network, np.concatenate(found), count)
+
+
+def factorize(network, feature_maps, count=None):
+    """The Concepts in feature maps (n, h, w, channels) of the network's last layer with positions.
+
+    What is negative in them is left out. There are no concepts where that leaves nothing.
+    """
+    activations = np.maximum(0, feature_maps).reshape(-1, feature_maps.shape[-1])
+    most = min(activations.shape) - 1
+    if most < 1 or not activations.any():
+        nothing = np.zeros((0, feature_maps.shape[-1]), "float32")
+        return Concepts(nothing, feature_maps @ nothing.T, explained=0.0, kept=0.0)
+    counts = sorted({min(it, most) for it in ([count] if count else CONCEPT_COUNTS)})
+    start = _singular_vectors(activations, counts[-1])
+    predicted = _logits_of(network, feature_maps).argmax(1)
+    for count in counts:
+        vectors = _non_negative_factor(activations, *(it[:count] for it in start))
+        maps = concept_maps(feature_maps, vectors)
+        sums = maps @ vectors
+        kept = np.mean(_logits_of(network, sums).argmax(1) == predicted)
+        if kept >= CONCEPTS_KEEP:
+            break
+    order = np.argsort(-maps.sum((0, 1, 2)), kind="stable")
+    missing = np.sum((feature_maps - sums) ** 2) / np.sum(feature_maps**2)
+    return Concepts(vectors[order], maps[..., order], float(1 - missing), float(kept))
+
+
+def concept_maps(feature_maps, vectors, steps=30):
+    """How strong each concept is at each position: (n, h, w, k) float32 >= 0.
+
+    The non-negative sum of the (k, channels) vectors that is nearest to feature maps
+    (n, h, w, channels), found one concept after the other.
+    """
+    products, overlaps = feature_maps @ vectors.T, vectors @ vectors.T
+    maps = np.maximum(0, products)
+    for _ in range(steps):
+        _improve(maps, products, overlaps)
+    return maps
+
+
+def _non_negative_factor(activations, left, right):
+    """The (k, channels) vectors of length 1 of which (n, channels) activations are sums.
+
+    left: (k, n) and right: (k, channels), how to start. Alternating least squares, one concept
+    after the other (HALS, Cichocki and Phan, 2009), which get as far in ten steps as the usual
+    multiplicative updates in sixty.
+    """
+    weights, vectors = left.T.copy(), right.T.copy()
+    for _ in range(FACTORIZATION_STEPS):
+        _improve(weights, activations @ vectors, vectors.T @ vectors)
+        _improve(vectors, activations.T @ weights, weights.T @ weights)
+        lengths = np.linalg.norm(vectors, axis=0).clip(1e-12)
+        vectors /= lengths
+        weights *= lengths
+    return vectors.T
+
+
+def _improve(weights, products, overlaps):
+    """A step of least squares: each column of (…, k) weights in turn takes its best value >= 0."""
+    for k in range(len(overlaps)):
+        missing = products[..., k] - weights @ overlaps[k]
+        weights[..., k] += missing / max(overlaps[k, k], 1e-12)
+        np.maximum(0, weights[..., k], out=weights[..., k])
+
+
+def _singular_vectors(activations, count):
+    """Non-negative (count, n) and (count, channels) to start from.
+
+    Of each of the first singular pairs the part, positive or negative, that holds more (NNDSVD,
+    Boutsidis and Gallopoulos, 2008).
+    """
+    same_start = np.ones(min(activations.shape), "float32")
+    left, strengths, right = scipy.sparse.linalg.svds(activations, count, v0=same_start)
+    pairs = []
+    for column, strength, row in zip(left.T[::-1], strengths[::-1], right[::-1], strict=True):
+        of_signs = [(np.maximum(0, sign * column), np.maximum(0, sign * row)) for sign in (1, -1)]
+        lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in of_signs]
+        better = int(lengths[1] > lengths[0])
+        one, other = of_signs[better]
+        # A little everywhere: what is 0 is so for no reason that would last.
+        pairs.append((strength * one + 1e-6, other + 1e-6))
+    return tuple(np.stack(parts).astype("float32") for parts in zip(*pairs, strict=True))
+
+
+def _logits_of(network, feature_maps):
+    """The logits (n, classes) of feature maps (n, h, w, channels) of the last layer."""
+    feature_maps = tf.constant(feature_maps)
+    (logits,) = network.compute(feature_maps, [LOGITS], start=network.heatmap_layer)
+    return logits.numpy()
+
+
+def concept_shares(model, photo, found, class_index):
+    """What each of the found Concepts adds to the logit of a class on a photo, and the rest.
+
+    Returns (k,) float32 shares, in units of the logit, and the share of what no concept makes up:
+    together they are the sum of the uncut Grad-CAM heatmap. Where the features go through a mean
+    and one Dense layer, they are the logit without its bias.
+    """
+    network = network_of(model)
+    last = network.heatmap_layer
+    forward = partial(network.compute, names=[last, LOGITS])
+    classes = np.array([[class_index]])
+    ((feature_maps, weights),) = channel_weights(forward, network.as_batch(photo), classes)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    shares = _shares_of_classes(weights, found.vectors, maps)[0, 0]
+    whole = np.sum(weights[0, 0] * feature_maps.numpy().sum((0, 1, 2)))
+    return shares, float(whole - shares.sum())
+
+
+def _shares_of_classes(weights, vectors, maps):
+    """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
+    return weights @ vectors.T * maps.sum((1, 2))[:, None]
+
+
+def parts_of_evidence(shares, whole):
+    """What part of all that speaks for a class each share, (k,), makes up; below 0: against it.
+
+    whole: the sum of the uncut heatmap. What no concept makes up is a share too.
+    """
+    rest = whole - shares.sum()
+    return shares / max(np.maximum(0, [*shares, rest]).sum(), 1e-12)
+
+
+def logit_falls(network, feature_maps, found, concept, class_index):
+    """(n,) how far a class's logit falls without a concept in feature maps (n, h, w, channels)."""
+    maps = concept_maps(feature_maps, found.vectors)
+    without = feature_maps - maps[..., concept, None] * found.vectors[concept]
+    falls = _logits_of(network, feature_maps) - _logits_of(network, without)
+    return falls[:, class_index]
+
+
+class ClassConcept(NamedTuple):
+    """A concept in the photos of a class, on average."""
+
+    concept: int
+    part: float  # of all that speaks for the class
+    fall: float  # of the class's logit without the concept
+
+
+def class_concepts(survey, class_index):
+    """The ClassConcepts of a class, the strongest first: up to CONCEPTS_A_CLASS.
+
+    Those that make up less than SMALLEST_PART are left out.
+    """
+    photos = np.flatnonzero(survey.class_indices == class_index)
+    of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
+    if not len(of_sample):
+        return []
+    place = np.argmax(survey.classes[photos] == class_index, axis=1)
+    shares = survey.concept_shares[photos, place].mean(0)
+    parts = parts_of_evidence(shares, survey.uncut[photos, place].sum((1, 2)).mean())
+    strongest = [int(k) for k in most_probable(parts) if parts[k] >= SMALLEST_PART]
+    falls = partial(logit_falls, survey.network, of_sample, survey.concepts)
+    return [
+        ClassConcept(k, float(parts[k]), float(falls(concept=k, class_index=class_index).mean()))
+        for k in strongest[:CONCEPTS_A_CLASS]
+    ]
+
+
+def photos_of_concept(survey, concept):
+    """Numbers of the CONCEPT_EXAMPLES photos that hold most of a concept, strongest first."""
+    held = survey.concept_maps[..., concept].sum((1, 2))
+    ranking = np.argsort(-held, kind="stable")[:CONCEPT_EXAMPLES]
+    return [int(k) for k in ranking if held[k] > 0.01 * held.max()]
+
+
+def draw_concepts(output, survey):
+    """Draw for each class its strongest concepts, and the photos that hold most of each: [Picture].
+
+    Nothing is drawn where there are none.
+    """
+    labels, rows = [], []
+    for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN]:
+        name = printable(survey.class_names[class_index])
+        for concept, part, fall in class_concepts(survey, class_index):
+            labels.append(f"{name}\nconcept {concept}\n{percent(part)}\nlogit {-fall:+.1f}")
+            rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
+    if not rows:
+        return []
+    caption = (
+        "What speaks for each class: its strongest concepts, each in the photos that hold most\n"
+        "concept, its part of all that speaks for the class, the change of the logit without it\n"
+        f"{concept_truth(survey.concepts)}"
+    )
+    save_rows(output / "concepts.jpg", labels, rows, caption)
+    return [Picture("concepts.jpg", caption)]
+
+
+def concept_truth(found):
+    """How far the concepts stand for the model, in words."""
+    count, photos = found.maps.shape[-1], len(found.maps)
+    alone = f"with them alone {percent(found.kept)} of {photos} photos keep their class"
+    warning = "" if found.kept >= CONCEPTS_KEEP else ", so they tell only a part"
+    return f"{count} concepts; {alone}{warning}"
+
+
+def draw_evidence(output, survey, number):
+    """Draw what the evidence for a photo's class is made of, and where it is known from: [Picture].
+
+    number: of the photo. Of a mistake also for the true class. Nothing is drawn without concepts.
+    """
+    predicted, label = int(survey.probabilities[number].argmax()), int(survey.labels[number])
+    shown = [predicted] if label in (-1, predicted) else [predicted, label]
+    strongest = {class_index: evidence(survey, number, class_index) for class_index in shown}
+    if not strongest[predicted]:
+        return []
+    labels, rows = (
+        ["the photo"],
+        [[(in_square(survey.network.read_photo(survey.paths[number]), PATCH_SIDE), "")]],
+    )
+    for class_index, concepts_of_class in strongest.items():
+        for concept, part in concepts_of_class:
+            name = printable(survey.class_names[class_index])
+            labels.append(f"for {name}\nconcept {concept}\n{percent(part)}")
+            known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
+            here, _ = _lit(survey, number, concept)
+            rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
+    (concept, part), *_ = strongest[predicted]
+    says = printable(survey.class_names[predicted])
+    caption = (
+        f"{survey.name(number)}: it says {says}, as {percent(part)} of what speaks for {says} is "
+        f"concept {concept}\n"
+        "where each concept lies in this photo, and in those that hold most of it\n"
+        f"{concept_truth(survey.concepts)}"
+    )
+    save_rows(output / "CAM_concepts.jpg", labels, rows, caption)
+    return [Picture("CAM_concepts.jpg", caption)]
+
+
+def evidence(survey, number, class_index):
+    """[(concept, part of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
+
+    The strongest comes first; what makes up less than SMALLEST_PART is left out. The class is one
+    of those that have a heatmap.
+    """
+    place = survey.classes[number].tolist().index(class_index)
+    shares, whole = survey.concept_shares[number, place], survey.uncut[number, place].sum()
+    parts = parts_of_evidence(shares, whole)
+    ranking = most_probable(parts)[:CONCEPTS_A_PHOTO]
+    return [(int(k), float(parts[k])) for k in ranking if parts[k] >= SMALLEST_PART]
+
+
+def _lit(survey, number, concept):
+    """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
+    network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
+    photo = network.read_photo(survey.paths[number])
+    field = network.receptive_fields[network.heatmap_layer]
+    light = place_heatmap(heatmap / (heatmap.max() or 1), field, network.input_size)
+    light = cv2.resize(light, photo.shape[1::-1])[..., None]
+    square = in_square((photo * (DARKEST + (1 - DARKEST) * light)).astype("uint8"), PATCH_SIDE)
+    label = survey.labels[number]
+    return square, survey.name(number) if label < 0 else printable(survey.class_names[label])
+
+
+# ---- 10. Everything drawn ------------------------------------------------------------------------
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
@@ -1720,16 +2208,21 @@ EXAMPLES_SHOWN = 3  # of these, in a picture of their own each, where there are 
 PHOTOS_AT_ONCE = 32  # in the survey
 
 
-def draw(model, photos, class_names, output, labels=None, **settings):
+def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXELS[0], **settings):
     """Draw every picture, and the page that shows them, into the folder `output`.
 
     model: a Keras model or a Network. photos: paths. labels: the true class index of each photo, or
     None for one whose class is not known, as it is for all without labels. Photos without a label
     are all explained; only where there are none, examples of the others take their place.
-    settings: see draw_survey. Raises Stop, naming what the model lacks.
+    pixels: what the model was trained on, one of PIXELS. settings: see draw_survey. Raises Stop,
+    naming what the model lacks.
     """
-    survey = survey_photos(network_of(model), photos, labels, class_names)
-    draw_survey(survey, output, **settings)
+    network = network_of(model, pixels)
+    if network.remark:
+        print(network.remark)
+    survey = survey_photos(network, photos, labels, class_names, seed=seed)
+    warn_of_pixels(survey, "The model", 'pixels="{}"')
+    draw_survey(survey, output, seed=seed, **settings)
 
 
 @dataclass(frozen=True)
@@ -1748,8 +2241,18 @@ class Survey:
     probabilities: np.ndarray  # (n, classes)
     classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
     uncut: np.ndarray  # (n, k, h, w) uncut Grad-CAM at the model's last layer with positions
+    concepts: Concepts  # found in the sample
+    concept_maps: np.ndarray  # (n, h, w, concepts) how strong each is
+    concept_shares: np.ndarray  # (n, k, concepts) what each adds to the logits of these classes
+    sample: np.ndarray  # the numbers of up to CONCEPT_PHOTOS photos
+    sample_features: np.ndarray  # (sample, h, w, channels), at that last layer
     features: np.ndarray  # (n, channels), the means of that layer's feature maps
     peaks: dict  # {layer: Peaks of its first filters}
+
+    @cached_property
+    def class_indices(self):
+        """(n,) the true class of each photo, or where that is not known the predicted one."""
+        return np.where(self.labels < 0, self.probabilities.argmax(1), self.labels)
 
     @cached_property
     def own_count(self):
@@ -1762,7 +2265,8 @@ class Survey:
         known = slice(self.own_count, None)
         if self.own_count == len(self.paths):
             return None
-        return Evaluation(list(self.class_names), self.labels[known], self.probabilities[known])
+        of_known = self.labels[known], self.probabilities[known]
+        return Evaluation(list(self.class_names), *of_known, self.network.is_multi_label)
 
     def predict(self, photos):
         """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
@@ -1771,7 +2275,7 @@ class Survey:
         for start in range(0, len(photos), PHOTOS_AT_ONCE):
             feature_maps, *_ = self.extract(photos[start : start + PHOTOS_AT_ONCE])
             (logits,) = network.compute(feature_maps, [LOGITS], start=last)
-            found.append(tf.nn.softmax(logits).numpy())
+            found.append(network.to_probabilities(logits).numpy())
         return np.concatenate(found)
 
     def name(self, number):
@@ -1780,9 +2284,12 @@ class Survey:
         return printable("/".join(parts))
 
 
-def survey_photos(network, photos, labels, class_names, read=None):
-    """The Survey of photos, given as in draw. read: a photo_reader of the network's size."""
-    read = read or photo_reader(network.input_size)
+def survey_photos(network, photos, labels, class_names, read=None, seed=0):
+    """The Survey of photos, given as in draw. read: a photo_reader of the network's size.
+
+    seed: chooses the photos in which concepts are looked for.
+    """
+    read = read or photo_reader(network.input_size, network.read_photo)
     labels = [None] * len(photos) if labels is None else labels
     labels = np.array([-1 if label is None else label for label in labels], int)
     own_first = np.argsort(labels >= 0, kind="stable")
@@ -1790,29 +2297,72 @@ def survey_photos(network, photos, labels, class_names, read=None):
     chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
     layer_names = [convolution.activation for convolution in chosen]
     extract = _traced_extractor(network, layer_names)
+
+    def features_and_peaks(numbers):
+        pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
+        feature_maps, *activations = extract(pixels)
+        peaks = map(_peaks_of, activations)
+        return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
+
+    # The sample comes first: concepts are found in the features of all its photos.
+    sample = _concept_sample(labels, seed)
+    others = np.setdiff1d(np.arange(len(paths)), sample)
+    kept = [features_and_peaks(numbers) for numbers in _batches(sample)]
+    sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
+    found = factorize(network, sample_features)
+    surveyed = []
+    for numbers in [*_batches(sample), *_batches(others)]:
+        feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
+        of_batch = _look(network, feature_maps, labels[numbers], found)
+        surveyed.append(of_batch | {"peaks": peaks})
+    back = np.argsort(np.concatenate([sample, others]))
+    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
+    return Survey(
+        network,
+        extract,
+        class_names,
+        paths,
+        read,
+        labels,
+        concepts=found,
+        sample=sample,
+        sample_features=sample_features,
+        **joined,
+    )
+
+
+def _concept_sample(labels, seed):
+    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
+    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
+    return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
+
+
+def _batches(numbers):
+    return [numbers[k : k + PHOTOS_AT_ONCE] for k in range(0, len(numbers), PHOTOS_AT_ONCE)]
+
+
+def _look(network, feature_maps, labels, found):
+    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
     # From the last layer with positions on, which is handed through: nothing before it need be
     # computed again.
     last = network.heatmap_layer
     from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    found = []
-    for start in range(0, len(paths), PHOTOS_AT_ONCE):
-        some = slice(start, start + PHOTOS_AT_ONCE)
-        pixels = np.stack([read(path) for path in paths[some]]).astype("float32")
-        feature_maps, *activations = extract(pixels)
-        _, logits = from_features(feature_maps)
-        probabilities = tf.nn.softmax(logits).numpy()
-        classes = _classes_in_question(probabilities, labels[some])
-        (uncut,) = uncut_grad_cam(from_features, feature_maps, classes)
-        require_finite(probabilities, uncut)
-        features = tf.reduce_mean(feature_maps, axis=(1, 2)).numpy()
-        found.append((probabilities, classes, uncut, features, *map(_peaks_of, activations)))
-    probabilities, classes, uncut, features, *peaks = zip(*found, strict=True)
-    joined = [np.concatenate(parts) for parts in (probabilities, classes, uncut, features)]
-    of_layers = {}
-    for name, parts in zip(layer_names, peaks, strict=True):
-        values = np.concatenate([part.values for part in parts])
-        of_layers[name] = Peaks(values, np.concatenate([part.positions for part in parts]))
-    return Survey(network, extract, class_names, paths, read, labels, *joined, of_layers)
+    feature_maps = tf.constant(feature_maps)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()
+    classes = _classes_in_question(probabilities, labels)
+    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
+    uncut = weighted_sum(feature_maps, weights)
+    require_finite(probabilities, uncut)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    return {
+        "probabilities": probabilities,
+        "classes": classes,
+        "uncut": uncut,
+        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
+        "concept_maps": maps,
+        "concept_shares": _shares_of_classes(weights, found.vectors, maps),
+    }
 
 
 def _traced_extractor(network, layer_names):
@@ -1852,7 +2402,7 @@ def _explain_photos(survey, numbers, at_once=2):
                 name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
                 for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
             }
-            photo = read_photo(survey.paths[number])
+            photo = network.read_photo(survey.paths[number])
             explained[number] = _explanation(survey, number, photo, photos[row], uncut)
     return explained
 
@@ -1874,6 +2424,7 @@ def _explanation(survey, number, photo, pixels, uncut):
         probabilities=survey.probabilities[number],
         true_index=None if label < 0 else label,
         uncut=uncut,
+        is_multi_label=survey.network.is_multi_label,
     )
     if not explanation.heatmap.any():
         return explanation
@@ -1996,11 +2547,20 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     pictures["filters"] = [picture for of_sheet in sheets for picture in of_sheet]
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
+    pictures["concepts"] = tell(draw_concepts(output, survey))
+    pictures["concepts"] += tell(draw_evidence(output, survey, _puzzle(survey, explained)))
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
     pictures["strip"] = tell(draw_strip(output, network, shown[0], patterns))
     return pictures
+
+
+def _puzzle(survey, explained):
+    """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
+    numbers = list(explained)
+    mistakes = [number for number in numbers if explained[number].is_mistake]
+    return numbers[0] if survey.own_count else [*mistakes, *numbers][0]
 
 
 def draw_strip(output, network, explanation, patterns):
@@ -2043,6 +2603,7 @@ def _corner(sheet, side):
 # of a model (which layers there are, in which order, where their positions look) is read off that
 # graph, so that they can be drawn for any convolutional classifier, nested base models included.
 
+PHOTO = "(photo)"  # by which Network.compute knows the photo as the model takes it
 LOGITS = "(logits)"  # by which Network.compute knows the scores that softmax takes
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 ACTIVATIONS = (layers.Activation, layers.ReLU, layers.LeakyReLU, layers.PReLU, layers.ELU)
@@ -2075,36 +2636,43 @@ class Step:
     call: object  # a function of the tensors that go in: the list of those that come out
 
 
-def network_of(model):
-    """The Network of a Keras model; a Network stays as it is."""
-    return model if isinstance(model, Network) else Network(model)
+def network_of(model, pixels=PIXELS[0]):
+    """The Network of a Keras model that was trained on these pixels; a Network stays as it is."""
+    return model if isinstance(model, Network) else Network(model, pixels=pixels)
 
 
 class Network:
     """All that the pictures need to know of a classifier of photos, read off its graph.
 
-    It takes (n, height, width, 3) RGB, 0–255; an input of open size becomes open_side × open_side.
-    Nested models are unfolded into one list of steps, in inference; where two layers have one name,
-    the later is called name_b here. The logits are found whether the model ends in a softmax or a
-    single sigmoid, as activation or as layer, or in logits; a single sigmoid p gives two classes,
-    1 - p and p. The model itself is never changed. Raises Stop, naming what the model lacks.
+    It takes (n, height, width, 3) RGB, 0–255, and turns them into what the model was trained on:
+    one of PIXELS, and grey where it has one channel. An input of open size becomes open_side ×
+    open_side. Nested models are unfolded into one list of steps, in inference; where two layers
+    have one name, the later is called name_b here. The logits are found whether the model ends in a
+    softmax or in sigmoids, as activation or as layer, or in logits; several sigmoids give each
+    class a probability of its own (is_multi_label), a single one, p, gives two classes, 1 - p and
+    p. The model itself is never changed. Raises Stop, naming what it lacks.
     """
 
-    def __init__(self, model, open_side=299):
+    def __init__(self, model, open_side=299, pixels=PIXELS[0]):
         shape, outputs = getattr(model, "input_shape", None), getattr(model, "outputs", None) or []
         if len(outputs) != 1 or isinstance(shape, list | dict):
             raise Stop(
                 "The pictures need a functional or Sequential model of one input and one output."
             )
-        if len(shape) != 4 or shape[3] != 3:
-            raise Stop(
-                f"The pictures need a model that takes RGB photos; this one takes {shape[1:]}."
-            )
+        if len(shape) != 4 or shape[3] not in (1, 3):
+            needed = "a model that takes RGB or grey photos"
+            raise Stop(f"The pictures need {needed}; this one takes {shape[1:]}.")
         self.input_size = tuple(side or open_side for side in shape[1:3])  # height, width in pixels
-        self.steps = []
-        _unfold(model, [INPUT], self.steps)
-        self.steps.append(_logits_step(self.steps[-1], model.output_shape))
-        self.class_count = max(2, model.output_shape[-1])
+        self.is_grey, self.pixels = shape[3] == 1, pixels
+        self.steps = [_first_step(pixels, self.is_grey)]
+        _unfold(model, self.steps[0].results, self.steps)
+        photos = np.random.default_rng(0).uniform(0, 255, (4, *self.input_size, 3))
+        photos = tf.constant(photos, tf.float32)
+        outputs = model.output_shape[-1]
+        step, activation, self.remark = _logits_step(self.steps, model.output_shape, photos)
+        self.steps.append(step)
+        self.class_count = max(2, outputs)
+        self.is_multi_label = activation is keras.activations.sigmoid and outputs > 1
         self._by_name = {step.name: step for step in self.steps}
 
     def compute(self, inputs, names, start=None, folded=False):
@@ -2132,7 +2700,24 @@ class Network:
     def probabilities(self, photos):
         """(n, classes) float32 for photos (n, height, width, 3) RGB, 0–255."""
         (logits,) = self.compute(photos, [LOGITS])
-        return tf.nn.softmax(logits).numpy()
+        return self.to_probabilities(logits).numpy()
+
+    def to_probabilities(self, logits):
+        """Probabilities (n, classes), each of its own in a multi-label model, else with sum 1."""
+        return tf.sigmoid(logits) if self.is_multi_label else tf.nn.softmax(logits)
+
+    def read_photo(self, path, at_least=None):
+        """A photo as read_photo reads it, grey where the model takes grey ones."""
+        photo = read_photo(path, at_least)
+        if not self.is_grey:
+            return photo
+        return np.asarray(Image.fromarray(photo).convert("L").convert("RGB"))
+
+    def as_seen(self, images):
+        """RGB images (n, height, width, 3), grey where the model takes grey ones."""
+        if not self.is_grey:
+            return images
+        return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(images))
 
     def as_batch(self, photo):
         """A (height, width, 3) photo as a batch of one float32 photo of the network's size."""
@@ -2330,6 +2915,27 @@ def _run(steps, tensors, calls=None):
         tensors.update(zip(step.results, results, strict=True))
 
 
+def _first_step(pixels, is_grey):
+    """The Step from 0–255 RGB to what a model was trained on: one of PIXELS, and maybe grey.
+
+    Raises Stop for other pixels, and for those of three colours where the model takes one.
+    """
+    if pixels not in PIXELS:
+        raise Stop(f"pixels: must be one of {', '.join(PIXELS)}, not {pixels}")
+    if is_grey and pixels in ("caffe", "torch"):
+        raise Stop(f"A model of grey photos has no pixels of the kind {pixels}, which has colours.")
+
+    def call(photos):
+        photos = tf.image.rgb_to_grayscale(photos) if is_grey else photos
+        if pixels == "0..1":
+            photos = photos / 255
+        elif pixels != "0..255":
+            photos = keras.applications.imagenet_utils.preprocess_input(photos, mode=pixels)
+        return [photos]
+
+    return Step(PHOTO, None, [INPUT], [INPUT + 1], call)
+
+
 def _unfold(model, sources, steps):
     """Append the steps of a model's graph, and of the models in it: the numbers of its outputs."""
     numbers = dict(zip(map(id, model.inputs), sources, strict=True))
@@ -2399,38 +3005,98 @@ def _caller(node):
     return call
 
 
-def _logits_step(last, output_shape):
-    """The Step to the logits (n, classes), from a model's last step and its output's shape.
+def _logits_step(steps, output_shape, photos):
+    """The Step to the logits (n, classes), the activation that takes them, and a remark or "".
 
-    Raises Stop where the model's outputs are not those of a softmax or a single sigmoid.
+    steps: of the model, whose outputs have this shape. Where it ends in something else than a
+    softmax, sigmoids or logits, the outputs for some photos tell what they are, as the remark says.
+    Raises Stop where they are no scores of classes.
     """
-    head, source = last.operation, last.sources[0]
-    activation = getattr(head, "activation", None)
-    if isinstance(head, layers.Softmax):
-        activation, to_logits = keras.activations.softmax, tf.identity
-    elif isinstance(head, layers.Activation):
-        to_logits = tf.identity
-    elif isinstance(head, layers.Dense):
-        to_logits = partial(_linear, head)
-    else:
-        source, activation, to_logits = last.results[0], keras.activations.linear, tf.identity
-    single = output_shape[-1] == 1
-    fitting = keras.activations.sigmoid if single else keras.activations.softmax
-    if len(output_shape) != 2 or activation not in (fitting, keras.activations.linear):
-        raise Stop("The pictures need a model that ends in a softmax or in a single sigmoid.")
+    last, count, remark = steps[-1], output_shape[-1], ""
+    if any(side != 1 for side in output_shape[1:-1]):
+        raise Stop("The pictures need a model that gives a photo one score a class, not a map.")
+    head = _head(steps)
+    source, to_logits, activation = _before_activation(head)
+    if head is not last or activation is None:
+        tensors = {INPUT: photos}
+        _run(steps, tensors)
+        outputs = tf.reshape(tensors[last.results[0]], (-1, count))
+        if activation:
+            expected = activation(tf.reshape(to_logits(tensors[source]), (-1, count)))
+        if activation is None or not np.allclose(expected, outputs, atol=1e-5):
+            source = last.results[0]
+            to_logits, activation, remark = _told_by_outputs(last.operation, outputs.numpy())
 
     def call(features):
-        logits = to_logits(features)
-        if single:  # softmax(-z/2, z/2) = (1 - sigmoid(z), sigmoid(z))
+        logits = tf.reshape(to_logits(features), (-1, count))
+        if count == 1:  # softmax(-z/2, z/2) = (1 - sigmoid(z), sigmoid(z))
             logits = tf.concat([-logits / 2, logits / 2], axis=-1)
         return [logits]
 
-    return Step(LOGITS, None, [source], [last.results[-1] + 1], call)
+    return Step(LOGITS, None, [source], [last.results[-1] + 1], call), activation, remark
 
 
-def _linear(dense, features):
-    logits = tf.matmul(features, dense.kernel)
-    return logits + dense.bias if dense.use_bias else logits
+def _head(steps):
+    """The last step that changes values: those after it only change the shape."""
+    producers = {number: step for step in steps for number in step.results}
+    head = steps[-1]
+    while _passes_values_on(head.operation):
+        head = producers[head.sources[0]]
+    return head
+
+
+def _passes_values_on(operation):
+    if isinstance(operation, layers.Activation):
+        return operation.activation is keras.activations.linear
+    shaping = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")  # Dropout: in training only
+    return type(operation).__name__ in shaping  # layers, and operations of keras.ops
+
+
+def _before_activation(head):
+    """(number of a tensor, a function from it to the logits, the activation that takes them).
+
+    The activation is None where the step is neither a softmax nor a sigmoid, nor a linear layer.
+    """
+    layer, source = head.operation, head.sources[0]
+    kind = type(layer).__name__
+    if kind in ("Softmax", "Sigmoid"):  # layers, and operations of keras.ops
+        return source, tf.identity, getattr(keras.activations, kind.lower())
+    activation = getattr(layer, "activation", None)
+    if activation in (keras.activations.softmax, keras.activations.sigmoid):
+        if isinstance(layer, layers.Activation):
+            return source, tf.identity, activation
+    elif activation is not keras.activations.linear:
+        return source, tf.identity, None
+    if isinstance(layer, layers.Dense | layers.Conv2D):
+        return source, partial(_linear, layer), activation
+    return source, tf.identity, None
+
+
+def _told_by_outputs(operation, outputs):
+    """(a function from outputs to logits, the activation that takes them, a remark).
+
+    outputs: (n, outputs) of a model for some photos, whose last step is of no known kind.
+    """
+    kind = type(operation).__name__
+    if (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=1e-3):
+        remark = f"It ends in {kind}: as what it puts out adds up to 1, it is taken as probability."
+        return _logarithm, keras.activations.softmax, remark
+    if (outputs < 0).any() and not hasattr(operation, "activation"):
+        remark = f"It ends in {kind}: as what it puts out is negative too, it is taken as logits."
+        return tf.identity, keras.activations.linear, remark
+    needed = "The pictures need a model that ends in a softmax, in sigmoids or in logits"
+    raise Stop(f"{needed}; this one ends in {kind}.")
+
+
+def _logarithm(probabilities):
+    return tf.math.log(tf.maximum(probabilities, 1e-30))
+
+
+def _linear(layer, features):
+    """What a Dense layer or a convolution puts out without its activation."""
+    multiply = getattr(layer, "convolution_op", tf.matmul)
+    logits = multiply(features, layer.kernel)
+    return logits + layer.bias if layer.use_bias else logits
 
 
 def _merges(step):
@@ -2580,6 +3246,16 @@ def tile(pictures, columns, frames=BACKGROUND, gap=TILE_GAP):
     return sheet.reshape(rows * sheet.shape[1], -1, 3)
 
 
+def in_square(picture, side):
+    """A (height, width, 3) uint8 picture scaled to fit in the middle of a square of this side."""
+    height, width = np.maximum(1, np.round(side / max(picture.shape) * np.array(picture.shape[:2])))
+    picture = cv2.resize(picture, (int(width), int(height)), interpolation=cv2.INTER_AREA)
+    square = np.full((side, side, 3), BACKGROUND, "uint8")
+    top, left = (side - picture.shape[0]) // 2, (side - picture.shape[1]) // 2
+    square[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return square
+
+
 def save_sheet(path, sheet, title):
     """Write a (height, width, 3) uint8 sheet, pixel for pixel, under its title.
 
@@ -2725,31 +3401,33 @@ def save_strip(path, photo, overlay, middle):
 
 
 @figure_style
-def save_examples(path, filters, patterns, rows, title):
-    """Draw a row for each filter: its number, its pattern, and patches with their activations.
+def save_rows(path, labels, rows, title):
+    """Draw rows of square pictures under a title, each row after its label.
 
-    rows: [(patch, activation)] for each filter.
+    rows: [[((height, width, 3) uint8 picture, a line of text below it)]].
     """
     pitch = PATCH_SIDE + 8  # pixels from a tile to the next
     line = 28  # of the text below a tile
-    margin = 70  # for the numbers
-    height, width = len(filters) * (pitch + line), margin + (1 + EXAMPLE_PATCHES) * pitch
+    lines = [text for label in labels for text in label.split("\n")]
+    margin = 30 + math.ceil(100 * max(map(text_width, lines)))
+    height, width = len(rows) * (pitch + line), margin + max(map(len, rows)) * pitch
     sheet = np.full((height, width, 3), BACKGROUND, "uint8")
     figure = Figure(figsize=(width / 100, height / 100))
     axes = figure.add_axes((0, 0, 1, 1))
-    for row, (number, pattern, patches) in enumerate(zip(filters, patterns, rows, strict=True)):
+    for row, (label, pictures) in enumerate(zip(labels, rows, strict=True)):
         top = row * (pitch + line)
-        axes.text(margin / 2, top + PATCH_SIDE / 2, number, ha="center", va="center")
-        for column, (picture, value) in enumerate([(pattern, None), *patches]):
+        axes.text(margin / 2, top + PATCH_SIDE / 2, label, ha="center", va="center")
+        for column, (picture, text) in enumerate(pictures):
             left = margin + column * pitch
             picture = cv2.resize(picture, (PATCH_SIDE, PATCH_SIDE), interpolation=cv2.INTER_CUBIC)
             sheet[top : top + PATCH_SIDE, left : left + PATCH_SIDE] = picture
-            if value is not None:
+            if text:
+                text = _shorten(text, PATCH_SIDE / 100)
                 style = {"ha": "center", "va": "top"}
-                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, f"{value:.2f}", **style)
+                axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, text, **style)
     axes.imshow(sheet)
     axes.set_axis_off()
-    axes.set_title(title, loc="left")
+    axes.set_title(wrap(title, width / 100), loc="left")
     save_figure(path, figure)
 
 
@@ -2799,7 +3477,7 @@ def save_confusion_matrix(path, evaluation):
     side = 0.8 if few else 20 / classes
     figure = Figure(figsize=(3.5 + side * classes, 2.5 + side * classes), layout="constrained")
     axes = figure.subplots()
-    photos = np.maximum(1, counts.sum(1, keepdims=True))
+    photos = np.maximum(1, evaluation.photos[:, None])
     drawn = axes.imshow(counts / photos, cmap="Blues_r", vmin=0, vmax=1)
     size = min(13, 55 * side)  # points
     axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
@@ -2807,7 +3485,9 @@ def save_confusion_matrix(path, evaluation):
     large = max(13, 1.2 * side * classes)  # points: to be read however far one steps back
     axes.set_xlabel("predicted", fontsize=large)
     axes.set_ylabel("true", fontsize=large)
-    title = f"{np.trace(counts)} of {counts.sum()} test photos right"
+    title = f"{np.trace(counts)} of {len(evaluation.labels)} test photos right"
+    if evaluation.is_multi_label:
+        title = f"{len(evaluation.labels)} test photos, each called all classes from 0.5 up"
     axes.set_title(title, loc="left", fontsize=large)
     if few:
         for (row, column), share in np.ndenumerate(drawn.get_array()):
@@ -2948,6 +3628,7 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     in_detail = {k: explained.get(k) or _explain_at_last_layer(survey, k) for k in detailed}
     facts = _run_facts(survey, record, command)
     facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
+    facts["concepts"] = _concept_facts(survey, stored)
     facts["training"] = _training_facts(output, survey, stored, nearest) if nearest else None
     facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
     save_predictions(output / facts["predictions"]["file"], survey)
@@ -2971,8 +3652,9 @@ def _run_facts(survey, record, command):
         "command": command,
         "settings": [f"{name}: {printable(str(value))}" for name, value in named],
         "classes": class_names,
+        "multi_label": network.is_multi_label,
         "test": None if evaluation is None else _test_table(evaluation),
-        "reliability": None if evaluation is None else _reliability_entry(evaluation),
+        "reliability": _reliability_entry(evaluation),
         "predictions": {"file": "predictions.csv"},
         "colours": list(map(to_hex, matplotlib.colormaps[HEATMAP_COLOURS](range(256)))),
         "heatmap_layers": [_layer_entry(network, name) for name in network.heatmap_layers],
@@ -2997,11 +3679,15 @@ def _test_sentence(evaluation):
     """How well the model does, in words."""
     if evaluation is None:
         return "No test photos were given: how well it does is not known."
-    count, correct = len(evaluation.labels), int(np.trace(evaluation.confusion))
+    if evaluation.is_multi_label:
+        return (
+            "It tells of each class by itself whether a photo holds it (from 0.5 up), so that the "
+            "probabilities of a photo need not add up to 1: a photo may be called several classes "
+            f"or none. Test loss {evaluation.loss:.3g}."
+        )
     return (
-        f"It names {correct:,} of {count:,} test photos right ({percent(evaluation.accuracy)}, "
-        f"loss {evaluation.loss:.3g}); always saying the most frequent class would get "
-        f"{percent(evaluation.largest_share)} right."
+        f"It names {accuracy_text(evaluation)} right, with a loss of {evaluation.loss:.3g}; always "
+        f"saying the most frequent class would get {percent(evaluation.largest_share)} right."
     )
 
 
@@ -3029,7 +3715,9 @@ def _test_table(evaluation):
 
 def _reliability_entry(evaluation):
     """How sure the model is and how often it is right: for each bin of confidence its photos, their
-    mean confidence, and how many of them are right."""
+    mean confidence, and how many of them are right. None where that is not known."""
+    if evaluation is None or evaluation.is_multi_label:
+        return None
     bins = [
         [int(count), round(float(confidence / max(1, count)), 4), int(right)]
         for count, confidence, right in reliability(evaluation)
@@ -3063,7 +3751,8 @@ def _photo_facts(output, survey, explained, stored, listed, progress):
     _stored_photos.
     """
     covered = [k for k in _doubtful_first(survey) if k in explained][:COVERED_PHOTOS]
-    sheets, ratios = _save_photos(output, [survey.paths[k] for k in stored], listed, progress)
+    paths, decode = [survey.paths[k] for k in stored], survey.network.read_photo
+    sheets, ratios = _save_photos(output, paths, decode, listed, progress)
     photos = []
     for index, (k, ratio) in enumerate(zip(stored, ratios, strict=True)):
         sheet, place = divmod(index, PHOTO_COLUMNS**2)
@@ -3089,7 +3778,8 @@ def _explain_at_last_layer(survey, number):
 
 def _doubtful_first(survey):
     """Numbers of all photos: own ones, then mistakes, the worst first, then the least sure."""
-    doubtful = np.argsort(doubt(survey.probabilities, survey.labels), kind="stable").tolist()
+    doubts = doubt(survey.probabilities, survey.labels, survey.network.is_multi_label)
+    doubtful = np.argsort(doubts, kind="stable").tolist()
     return [*range(survey.own_count), *(k for k in doubtful if k >= survey.own_count)]
 
 
@@ -3117,7 +3807,9 @@ def _training_facts(output, survey, stored, nearest):
     used = sorted({number for of_photo in likest for some in of_photo.values() for number in some})
     paths = [nearest.paths[number] for number in used]
     with ThreadPoolExecutor(cores()) as pool:
-        thumbnails = [_thumbnail(*it) for it in pool.map(_squeezed, paths)]
+        thumbnails = [
+            _thumbnail(*it) for it in pool.map(partial(_squeezed, survey.network.read_photo), paths)
+        ]
     columns = math.ceil(math.sqrt(len(used)))
     sheet = _save_tiles(output / "photos_training.jpg", np.stack(thumbnails), columns, quality=70)
     tile_of = {number: place for place, number in enumerate(used)}
@@ -3147,6 +3839,8 @@ def _stored_photos(survey, explained):
         for number in range(peaks.values.shape[1])
         for k in top_photos(peaks, number, PATCHES)
     }
+    for concept in range(len(survey.concepts.vectors)):
+        lenders.update(photos_of_concept(survey, concept))
     return [*listed, *sorted(lenders - set(listed))], len(listed)
 
 
@@ -3155,11 +3849,12 @@ def _photo_entry(survey, number):
     label, probabilities = int(survey.labels[number]), survey.probabilities[number]
     true_index = None if label < 0 else label
     class_names = [printable(name) for name in survey.class_names]
-    doubts = doubt(probabilities[None], np.array([label]))
+    is_multi_label = survey.network.is_multi_label
+    doubts = doubt(probabilities[None], np.array([label]), is_multi_label)
     of_classes = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
     return {
         "name": survey.name(number),
-        "verdict": verdict(class_names, probabilities, true_index),
+        "verdict": verdict(class_names, probabilities, true_index, is_multi_label),
         "own": label < 0,
         "true": true_index,
         "mistake": bool(doubts[0] < 0),
@@ -3167,7 +3862,34 @@ def _photo_entry(survey, number):
         "doubt": round(float(doubts[0]), 4),
         "probabilities": _probability_entries(probabilities, label),
         "heatmaps": _heatmap_entries([of_classes]),
+        "concepts": _concept_entries(survey, number),
     }
+
+
+def _concept_entries(survey, number):
+    """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
+    encoded = [
+        _encoded(of_concept) for of_concept in np.moveaxis(survey.concept_maps[number], -1, 0)
+    ]
+    classes = dict.fromkeys(survey.classes[number].tolist())
+    parts = [[k, [[c, round(part, 3)] for c, part in evidence(survey, number, k)]] for k in classes]
+    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
+
+
+def _concept_facts(survey, stored):
+    """What the page shows of the concepts: how true they are, and for each photos and classes.
+
+    stored: the numbers of the photos that the page has.
+    """
+    count = len(survey.concepts.vectors)
+    found = []
+    for concept in range(count):
+        photos = [stored.index(k) for k in photos_of_concept(survey, concept)]
+        found.append({"photos": photos, "classes": []})
+    for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN].tolist():
+        for concept, part, fall in class_concepts(survey, class_index):
+            found[concept]["classes"].append([class_index, round(part, 3), round(fall, 2)])
+    return {"truth": concept_truth(survey.concepts), "found": found}
 
 
 def _probability_entries(probabilities, label):
@@ -3200,16 +3922,17 @@ def _encoded(heatmap):
     return base64.b64encode(shares.tobytes()).decode(), float(f"{peak:.4g}")
 
 
-def _save_photos(output, paths, listed, progress):
+def _save_photos(output, paths, decode, listed, progress):
     """Write sheets of the photos, and one of thumbnails of the first `listed` ones.
 
-    Returns the entries of the sheets, and the width / height of each photo.
+    decode: see photo_reader. Returns the entries of the sheets, and the width / height of each
+    photo.
     """
     quality = 66 if len(paths) <= LISTED_PHOTOS else 50
     entries, ratios, thumbnails = [], [], []
     with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(paths), PHOTO_COLUMNS**2):
-            squares = pool.map(_squeezed, paths[start : start + PHOTO_COLUMNS**2])
+            squares = pool.map(partial(_squeezed, decode), paths[start : start + PHOTO_COLUMNS**2])
             tiles, some_ratios = zip(*squares, strict=True)
             path = output / f"photos_{len(entries) + 1}.jpg"
             entries.append(_save_tiles(path, np.stack(tiles), PHOTO_COLUMNS, quality))
@@ -3223,9 +3946,9 @@ def _save_photos(output, paths, listed, progress):
     return {"thumbnails": sheet, "photo_sheets": entries}, ratios
 
 
-def _squeezed(path):
+def _squeezed(decode, path):
     """A photo as a square of PHOTO_SIDE, and its width / height."""
-    photo = read_photo(path, at_least=PHOTO_SIDE)
+    photo = decode(path, at_least=PHOTO_SIDE)
     square = cv2.resize(photo, (PHOTO_SIDE, PHOTO_SIDE), interpolation=cv2.INTER_AREA)
     return square, max(0.001, round(photo.shape[1] / photo.shape[0], 3))
 
@@ -3485,6 +4208,18 @@ def prepare_libraries():
     keras.config.set_dtype_policy("float32")
 
 
+def tell_of_unused_gpu(gpus, driver="/proc/driver/nvidia", programs=None):
+    """Print how TensorFlow is to see an NVIDIA card where there is one and it sees none.
+
+    gpus: those that it sees; programs: the folders in which nvidia-smi may lie, as in $PATH.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    card = Path(driver).exists() or shutil.which("nvidia-smi", path=programs)
+    if card and not gpus and not hidden:
+        install = f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
+        print(f"The NVIDIA card is not used: {install} makes it seen, on Windows only in WSL2.")
+
+
 def half_precision():
     """Keras's dtype policy for half precision, or for full where the machine lacks it."""
     if tf.config.list_physical_devices("GPU"):
@@ -3519,6 +4254,95 @@ def training_strategy():
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
+
+
+# ---- ImageNet's weights, and a first look without them -------------------------------------------
+
+IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # of the file without a classifier on top
+
+
+def quick_options(options, fetch=None):
+    """The options of a --quick run: whatever was not given is chosen for it.
+
+    fetch: imagenet_weights, or what takes its place. Where it raises OSError and no weights were
+    given, the run starts from scratch, and a line says why.
+    """
+    weights = options.weights
+    if weights is None:
+        try:
+            (fetch or imagenet_weights)()
+        except OSError as error:
+            print(f"ImageNet's weights cannot be had ({error}): this run starts from scratch.")
+            weights = "none"
+    return completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
+
+
+def imagenet_address():
+    """Where Keras downloads the weights of InceptionV3 without its top from."""
+    return sys.modules[keras.applications.InceptionV3.__module__].WEIGHTS_PATH_NO_TOP
+
+
+def imagenet_weights(address=None, md5=IMAGENET_MD5, seconds=15):
+    """The path of ImageNet's weights in Keras's cache, where they are downloaded if need be.
+
+    A file that was cut short is downloaded again. Raises OSError where the server does not answer,
+    or falls silent, for so many seconds, or where another file comes.
+    """
+    address = address or imagenet_address()
+    file = cached_file(address)
+    if not (file.is_file() and _md5(file) == md5):
+        try:
+            _download(address, file, md5, seconds)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)  # urllib wraps what the socket says
+            if isinstance(reason, TimeoutError):
+                raise OSError(f"no answer for {seconds} s") from error
+            raise OSError(getattr(reason, "strerror", None) or str(error)) from error
+    return file
+
+
+def cached_file(address):
+    """Where Keras looks for the weights of that address."""
+    home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    if not os.access(home, os.W_OK):
+        home = Path(tempfile.gettempdir(), ".keras")  # as Keras does
+    return home / "models" / address.rpartition("/")[2]
+
+
+def _md5(file):
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "md5").hexdigest()
+
+
+def _download(address, file, md5, seconds):
+    """Download a file, showing how far it is. Raises ValueError where another file comes."""
+    with _answer(address, seconds) as answer:
+        size = int(answer.headers.get("Content-Length", 0))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_whole(file) as partial_path:
+            shown = rich.progress.wrap_file(answer, size, description="ImageNet's weights")
+            with partial_path.open("wb") as target, shown as source:
+                shutil.copyfileobj(source, target)
+            if _md5(partial_path) != md5:
+                raise ValueError("what came is not the whole file")
+
+
+def _answer(address, seconds):
+    """The answer of a server, to be read. Raises TimeoutError if none begins within the seconds.
+
+    The limit of a socket is not enough: it holds for each of a server's addresses anew, for each
+    byte of its answer, and not at all for looking up its name.
+    """
+    answer = Future()
+
+    def ask():
+        try:
+            answer.set_result(urllib.request.build_opener().open(address, timeout=seconds))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answer.result(seconds)
 
 
 # ---- From options to a model, and messages -------------------------------------------------------
@@ -3556,9 +4380,8 @@ def require_photos(paths):
 
 
 def open_saved(options):
-    """The saved model, its class names, the test photos or None, and its record or None."""
-    model = load_model(options.model, options.image_size)
-    network = Network(model)
+    """The saved model's Network, its class names, the test photos or None, its record or None."""
+    network = Network(load_model(options.model, options.image_size), pixels=options.pixels)
     record_file = history_file(options.model)
     record = read_record(record_file)
     folder = options.data / "test"
@@ -3567,11 +4390,12 @@ def open_saved(options):
         test, source = None, record_file
         names = record["classes"] if record else names
     else:
-        test, names = open_split(folder, network.input_size, options.batch_size)
+        read = photo_reader(network.input_size, network.read_photo)
+        test, names = open_split(folder, network.input_size, options.batch_size, read=read)
         source = folder
     trained_names = record["classes"] if record else names
     _require_same_classes(options.model, network.class_count, trained_names, names, source)
-    return model, names, test, record
+    return network, names, test, record
 
 
 def _require_same_classes(model_file, count, trained_names, names, source):
@@ -3597,10 +4421,11 @@ def load_model(path, image_size):
         remedy = "Train one first (without --skip-training), or name another."
         raise Stop(f"--model {file}: no such file. {remedy}")
     try:
-        # Safe mode, which is Keras's default, runs no code from the file.
-        model = keras.saving.load_model(path, compile=False)
+        model = load_saved(path)
+    except Stop as stop:
+        raise Stop(f"--model {file}: {stop}") from stop
     except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        reason = printable(" ".join(str(error).split()))[:300]
+        reason = _failure(error)
         raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
     try:
         model = in_float32(model)
@@ -3612,8 +4437,107 @@ def load_model(path, image_size):
     except (Stop, AttributeError, TypeError, IndexError) as error:
         reason = str(error) if isinstance(error, Stop) else "its inputs are not photos"
         raise Stop(f"--model {file}: {reason}\nName another, or train one.") from error
-    _warn_if_saturated(network, file)
+    if network.remark:
+        print(f"--model {file}: {network.remark}")
     return model
+
+
+# A layer of ConvNeXt, the only one of keras.applications that Keras saves but cannot find again.
+CONVNEXT = sys.modules[keras.applications.ConvNeXtTiny.__module__]
+keras.saving.get_custom_objects()["LayerScale"] = CONVNEXT.LayerScale
+
+# What Keras 2 wrote of layers that do nothing with it, and Keras 3 refuses. groups: of 1.
+OLD_ARGUMENTS = (
+    "groups",
+    "rng_type",
+    "kernel_initializer",
+    "kernel_regularizer",
+    "kernel_constraint",
+    "batch_input_shape",
+)
+
+
+def load_saved(path):
+    """The Keras model of a .keras or .h5 file, also of one that Keras 2 wrote, uncompiled.
+
+    Raises Stop for one of Keras 2 that Keras 3 lacks the layers for, and whatever Keras raises for
+    other files that it cannot load.
+    """
+    try:
+        # Safe mode, which is Keras's default, runs no code from the file.
+        return keras.saving.load_model(path, compile=False)
+    except Exception:
+        old = _description(path)
+        new = _in_keras_3(old)
+        if new == old and "OpLambda" not in json.dumps(old):
+            raise
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, path.name)
+            _copy_with_description(path, copy, new)
+            return keras.saving.load_model(copy, compile=False)
+    except Exception as error:
+        raise Stop(
+            f"was saved by Keras 2; Keras 3 cannot load it: {_failure(error)}.\n"
+            "Build that model anew, call its load_weights() with this file, and save it as .keras."
+        ) from error
+
+
+def _failure(error):
+    """Why Keras could not load a file, without its dump of the configuration."""
+    text = printable(" ".join(str(error).split()))
+    text = text.rpartition("Exception encountered: ")[2]  # the innermost of several
+    text = re.split(r"\. |[.,:]? (?:using config|config)=", text)[0]
+    return text[:160].rstrip(".")
+
+
+def _description(path):
+    """The configuration of a saved model, as the file holds it."""
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("config.json"))
+    with h5py.File(path) as file:
+        return json.loads(file.attrs["model_config"])
+
+
+def _copy_with_description(path, copy, description):
+    """Write a saved model's file anew, with another configuration."""
+    text = json.dumps(description)
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as new:
+            for name in archive.namelist():
+                new.writestr(name, text if name == "config.json" else archive.read(name))
+    else:
+        shutil.copyfile(path, copy)
+        with h5py.File(copy, "r+") as file:
+            file.attrs["model_config"] = text
+
+
+def _in_keras_3(part):
+    """A part of a saved configuration as Keras 3 writes it, where Keras 2 wrote it otherwise."""
+    if isinstance(part, list):
+        return [_in_keras_3(it) for it in part]
+    if not isinstance(part, dict):
+        return part
+    part = {name: _in_keras_3(value) for name, value in part.items()}
+    config, kind = part.get("config"), part.get("class_name")
+    if not isinstance(config, dict) or not isinstance(kind, str):
+        return part
+    if "module" in part and kind == "Functional":
+        part["module"] = "keras.src.models.functional"  # as Keras 3 writes it
+    for ends in ("input_layers", "output_layers"):  # a list of one is more than the one in Keras 3
+        if len(config.get(ends, ())) == 1:
+            config[ends] = config[ends][0]
+    if isinstance(config.get("axis"), list) and len(config["axis"]) == 1:
+        config["axis"] = config["axis"][0]
+    layer = getattr(layers, kind, None)
+    if layer and config.get("groups", 1) == 1:
+        known = inspect.signature(layer.__init__).parameters
+        refused = set(OLD_ARGUMENTS) - set(known)
+        if kind == "InputLayer":
+            refused -= {"batch_input_shape"}
+        part["config"] = {name: value for name, value in config.items() if name not in refused}
+    return part
 
 
 def in_float32(model):
@@ -3628,15 +4552,77 @@ def in_float32(model):
     return model
 
 
-def _warn_if_saturated(network, file):
-    """Print a warning where the model's first activations do not tell black from white."""
-    size = (*network.input_size, 3)
-    black_and_white = np.stack([np.zeros(size, "float32"), np.full(size, 255, "float32")])
-    first = network.convolutions[0].activation
-    black, white = network.activations(black_and_white, [first])[0]
-    if np.allclose(black, white, rtol=1e-4, atol=1e-6):
-        print(f"Warning: {file}: its first activations are alike for a black and a white photo.")
-        print("It is fed 0–255 RGB; if it needs other numbers, let a Rescaling follow its input.")
+CHECKED_PHOTOS = 64
+FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more photos right
+SATURATED = 100  # no model is trained to logits that lie so far apart
+
+
+def warn_of_pixels(survey, name, option):
+    """Print a warning where a model was plainly trained on other pixels than it is fed.
+
+    Where classes are known, that is where others of PIXELS get more photos right than chance
+    explains, by a sign test on the photos that only one of the two gets right. Else it is where
+    only the present ones let the logits lie so far apart that all is certain. name: of the model.
+    option: a format of what chooses the pixels.
+    """
+    network, known = survey.network, np.flatnonzero(survey.labels >= 0)
+    among = known if len(known) else np.arange(len(survey.paths))
+    count = min(CHECKED_PHOTOS, len(among))
+    chosen = among[np.linspace(0, len(among) - 1, count).round().astype(int)]
+    right_now = survey.probabilities[chosen].argmax(1) == survey.labels[chosen]
+    if len(known) and np.sum(~right_now) < FEWEST_MENDED:
+        return
+    photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
+    logits = _logits_by_pixels(network, photos)
+    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
+    best = max(right, key=lambda pixels: right[pixels].sum())
+    more, fewer = np.sum(right[best] & ~right_now), np.sum(right_now & ~right[best])
+    if _is_no_chance(more, fewer):
+        print(
+            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
+            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
+        )
+        return
+    gaps = {pixels: np.median(np.ptp(_two_highest(it), axis=1)) for pixels, it in logits.items()}
+    gap = gaps.pop(network.pixels)
+    others = [
+        option.format(pixels)
+        for pixels in gaps
+        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
+    ]
+    if others and gap > SATURATED:
+        print(
+            f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
+            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
+            f"{', '.join(others)}"
+        )
+
+
+def _logits_by_pixels(network, photos):
+    """{pixels: (n, classes) logits} of photos (n, height, width, 3) for each of PIXELS."""
+    photo_shape = network.shapes[INPUT + 1]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *photo_shape))], autograph=False)
+    def logits_of(seen):
+        return network.compute(seen, [LOGITS], start=PHOTO, folded=True)[0]
+
+    found = {}
+    for pixels in PIXELS[:3] if network.is_grey else PIXELS:
+        seen = _first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))[0]
+        pieces = [seen[k : k + PHOTOS_AT_ONCE] for k in range(0, len(photos), PHOTOS_AT_ONCE)]
+        found[pixels] = np.concatenate([logits_of(piece).numpy() for piece in pieces])
+    return found
+
+
+def _is_no_chance(more, fewer):
+    """Whether a sign test takes it for no chance that so many of more + fewer differ one way."""
+    from scipy.stats import binomtest  # which takes a second to load
+
+    return more > fewer and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001
+
+
+def _two_highest(logits):
+    return np.sort(logits, axis=1)[:, -2:]
 
 
 def without_folders(words):

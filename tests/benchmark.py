@@ -563,7 +563,10 @@ def compare_fine_tuning(bench):
 
 
 def measure_first_run(bench):
-    """The README's first command with other seeds: its result, its time, its heatmaps' worth."""
+    """The README's first command with other seeds: its result, its time, its heatmaps' worth.
+
+    It starts from --weights, which is from scratch where no file is given.
+    """
     (command,) = re.findall(r"^python (model_training.*)$", README.read_text("utf-8"), re.M)[:1]
     drawn, figures = bench.scratch / "first", []
     call(sys.executable, ROOT / "tests/draw_flowers.py", drawn / "flowers", "--per-class", 200)
@@ -572,6 +575,7 @@ def measure_first_run(bench):
         script, *options = command.split()
         file = drawn / f"{seed}.keras"
         options += ["--seed", seed, "--data", drawn, "--output", drawn / "Images", "--model", file]
+        options += ["--weights", bench.weights]
         start = time.perf_counter()
         printed = call(sys.executable, ROOT / script, *options)
         taken = time.perf_counter() - start

@@ -2,9 +2,11 @@
 
 import atexit
 import contextlib
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -170,3 +172,157 @@ def inception(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "inception.keras"
     model.save(path)
     return model, path
+
+
+@pytest.fixture(scope="session")
+def stock_inception(inception):
+    """Keras's own InceptionV3 without its top, built after the one of this project.
+
+    Each weight has a value of its own, so that a swap of two layers of one shape shows.
+    """
+    stock = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(75, 75, 3))
+    rng = np.random.default_rng(0)
+    stock.set_weights([rng.random(it.shape, "float32") for it in stock.get_weights()])
+    return stock
+
+
+# ---- Processes of their own, which go on while other tests run ----
+
+# The script as the command line starts it, with patterns that are drawn within seconds: what they
+# look like is tested elsewhere. Nothing is traced, which takes longer than its few steps.
+WHOLE_RUN = """
+import model_training_and_visualization as study
+study.tf.config.run_functions_eagerly(True)
+study.run(lambda: study.main(study.parse_options(), pattern_size=48, pattern_steps=2))
+"""
+# A run with a small model that is killed before the checkpoint of its third epoch is in its place.
+KILLED_RUN = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from conftest import small_inception, study, when
+study.tf.config.run_functions_eagerly(True)
+with when("os.rename", "_epoch_003.keras", lambda: os.kill(os.getpid(), signal.SIGKILL)):
+    study.run(lambda: study.main(study.parse_options(), build=small_inception))
+"""
+TWO_DEVICES = """
+import sys
+sys.path.insert(0, "tests")
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from conftest import small_model, study
+replicas = []
+
+def build(class_count, image_size, weights):
+    replicas.append(tf.distribute.get_strategy().num_replicas_in_sync)
+    return small_model(image_size, class_count, channels=1)
+
+*_, record = study.train_and_save(study.parse_options(), build=build)
+assert replicas == [2] and len(record["history"]["loss"]) == 2
+"""
+# One of the head, three of fine-tuning, of two steps each.
+FOUR_EPOCHS = ("--epochs", 4, "--learning-rate", 0.01, "--freeze-below", "mixed9", "--seed", 3)
+TWO_STEPS = (*FOUR_EPOCHS, "--batch-size", 12)
+
+
+def words(data, folder, *more):
+    """The words of a command line that writes into a folder."""
+    places = ["--data", data, "--model", folder / "net.keras", "--output", folder / "Images"]
+    return [str(word) for word in (*places, "--image-size", 75, "--batch-size", 7, *more)]
+
+
+def start(arguments, redirection="", **settings):
+    """Start Python in a process of its own, which leaves the tests beside it their processor."""
+    line = f'exec nice "$0" "$@" {redirection}'
+    command = ["sh", "-c", line, sys.executable, "-W", "ignore:Even though the", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{"cwd": Path(study.__file__).parent} | streams | settings)
+
+
+@pytest.fixture(scope="session")
+def started_run(split_flowers, tmp_path_factory):
+    """A whole run of the real model that goes on in the background."""
+    folder = tmp_path_factory.mktemp("run")
+    more = ("--weights", "none", "--epochs", 2, "--batch-size", 12)
+    with start(["-c", WHOLE_RUN, *words(split_flowers, folder, *more)]) as run:
+        yield folder, run
+        run.kill()
+
+
+@pytest.fixture(scope="session")
+def started_killed_run(split_flowers, tmp_path_factory):
+    """A run, without a standard output, that kills itself in the background."""
+    folder = tmp_path_factory.mktemp("killed")
+    with start(["-c", KILLED_RUN, *words(split_flowers, folder, *TWO_STEPS)], ">&-") as run:
+        yield folder, run
+        run.kill()
+
+
+@pytest.fixture(scope="session")
+def started_mirrored_run(split_flowers, tmp_path_factory):
+    """A small model that is trained on two devices in the background."""
+    more = ("--weights", "none", "--epochs", 2, "--batch-size", 6)
+    arguments = words(split_flowers, tmp_path_factory.mktemp("mirrored"), *more)
+    with start(["-c", TWO_DEVICES, *arguments]) as run:
+        yield run
+        run.kill()
+
+
+def save_small(folder, classes=CLASSES):
+    """Save a small model, small.keras, and the history of a training that never was."""
+    keras.utils.set_random_seed(0)
+    small_model(32, channels=1).save(folder / "small.keras")
+    history = {name: [1.1, 0.9] for name in ("loss", "accuracy", "val_loss", "val_accuracy")}
+    settings = {"phases": {"head": 1, "fine-tuning": 1}}
+    record = {"history": history, "classes": classes, "settings": settings}
+    (folder / "small_history.json").write_text(json.dumps(record))
+
+
+NOT_UTF8 = os.fsdecode(b"tulipe \xe9")
+MATPLOTLIBRC = """
+image.origin: lower
+text.usetex: True
+savefig.transparent: True
+figure.constrained_layout.use: True
+font.family: Comic Sans MS
+font.size: 40
+axes.grid: True
+image.cmap: jet
+"""
+KERAS_JSON = {"backend": "theano", "image_data_format": "channels_first", "floatx": "float16"}
+HOSTILE = {
+    "MPLBACKEND": "a_backend_that_is_missing",
+    "KERAS_BACKEND": "torch",
+    "TF_USE_LEGACY_KERAS": "1",
+    "PYTHONOPTIMIZE": "2",
+    "LC_ALL": "C",
+    "PYTHONUTF8": "0",
+}
+
+
+@pytest.fixture(scope="session")
+def started_hostile_run(split_flowers, tmp_path_factory):
+    """The script drawing a small model, under settings and names that it can do without."""
+    folder = tmp_path_factory.mktemp("hostile")
+    classes = ["daisy", "rose", NOT_UTF8]
+    for name, ours in zip(CLASSES, classes, strict=True):
+        (folder / "test" / ours).mkdir(parents=True)
+        shutil.copy(split_flowers / "test" / name / "0.jpg", folder / "test" / ours)
+    save_small(folder, classes)
+    (folder / "keras.json").write_text(json.dumps(KERAS_JSON))
+    (folder / "matplotlibrc").write_text(MATPLOTLIBRC)
+    arguments = [study.__file__, "--skip-training", "--model", "small.keras"]
+    arguments += ["--output", f"theirs {NOT_UTF8}"]
+    settings = {**os.environ, **HOSTILE, "KERAS_HOME": str(folder)}
+    with start(arguments, "2>&-", cwd=folder, env=settings) as run:
+        yield folder, run
+        run.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def start_early(request):
+    """Start the processes before the tests that do not need them, where others do."""
+    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for name in sorted(asked):
+        if name.startswith("started_"):
+            request.getfixturevalue(name)

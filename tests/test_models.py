@@ -1,7 +1,10 @@
 """Any convolutional classifier: what is read off its graph, compared with what it computes."""
 
 import json
+import sys
+import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -67,12 +70,7 @@ def centre_of_gradient(model, layer_name, position):
 
 @pytest.mark.parametrize(
     ("architecture", "size"),
-    [
-        ("VGG16", (97, 129)),
-        ("ResNet50", (97, 128)),
-        ("EfficientNetB0", (96, 129)),
-        ("InceptionV3", (139, 150)),
-    ],
+    [("VGG16", (97, 129)), ("ResNet50", (97, 128)), ("EfficientNetB0", (96, 129))],
 )
 def test_a_heatmap_lies_where_the_gradient_says_that_its_positions_look(architecture, size):
     build = getattr(keras.applications, architecture)
@@ -95,9 +93,10 @@ def test_a_heatmap_lies_where_the_gradient_says_that_its_positions_look(architec
 
 
 @pytest.fixture(scope="module")
-def original():
-    """Keras's own InceptionV3, built after the one of this project."""
-    return keras.applications.InceptionV3(weights=None)
+def original(stock_inception):
+    """Keras's own InceptionV3, with a head that is drawn."""
+    means = layers.GlobalAveragePooling2D()(stock_inception.output)
+    return keras.Model(stock_inception.input, layers.Dense(2, activation="softmax")(means))
 
 
 def test_the_blocks_of_inceptionv3_look_where_its_unpadded_strides_lead(inception, original):
@@ -250,6 +249,45 @@ def test_logits_get_a_softmax_and_a_sigmoid_gets_its_second_class():
         np.testing.assert_allclose(probabilities(model, photos()), np.hstack([1 - p, p]), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: [layers.Dense(3, activation="softmax"), layers.Reshape((3,))],
+        lambda: [layers.Dense(3), layers.Softmax(), layers.Activation("linear")],
+        lambda: [layers.Dense(3), keras.ops.softmax, layers.Flatten()],
+        lambda: [
+            layers.Reshape((1, 1, 4)),
+            layers.Conv2D(3, 1, activation="softmax"),
+            layers.Flatten(),
+        ],
+        lambda: [layers.Dense(6, activation="softmax"), layers.Reshape((2, 3)), of_three],
+    ],
+)
+def test_a_softmax_is_not_applied_again_whatever_follows_it(head):
+    model = headed(*head())
+    network = study.Network(model)
+    np.testing.assert_allclose(network.probabilities(photos()), model(photos()), atol=1e-6)
+    # Of the last one only the outputs tell that they are probabilities.
+    assert ("adds up to 1" in network.remark) == model.operations[-1].name.startswith("sum")
+
+
+def of_three(shares):
+    """Two shares for each of three classes, (n, 2, 3), which add up to 1, become one: (n, 3)."""
+    return keras.ops.sum(shares, axis=1)
+
+
+def test_several_sigmoids_give_each_class_its_own_probability_and_logit():
+    model = headed(layers.Dense(3, name="scores"), layers.Activation("sigmoid"))
+    own = model(photos()).numpy()
+    np.testing.assert_allclose(probabilities(model, photos()), own, atol=1e-6)
+    scores = keras.Model(model.input, model.get_layer("scores").output)
+    for index in range(3):
+        ours, logits_alone = (
+            study.grad_cam(it, photos()[0], "maps", index) for it in (model, scores)
+        )
+        np.testing.assert_allclose(ours, logits_alone, atol=1e-6)
+
+
 def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():
     flat = residual_model()
     base = keras.Model(flat.input, flat.get_layer("last").output)
@@ -277,11 +315,13 @@ def nested_model():
         layers.Rescaling(1 / 255, name="add")(inner_photo)
     )
     x = layers.ReLU()(layers.BatchNormalization()(x))
-    x = layers.Conv2D(4, 3, padding="same", groups=2, use_bias=False)(x)
+    x = layers.Conv2D(4, 3, padding="same", groups=2, use_bias=False, name="grouped")(x)
     x = layers.ReLU()(layers.BatchNormalization(scale=False, center=False)(x))
-    x = layers.Conv2D(4, 3, activation="relu")(x)  # a ReLU lies between: the two cannot be one
+    x = layers.Conv2D(4, 3, activation="relu", name="active")(
+        x
+    )  # a ReLU lies between: the two cannot be one
     x = layers.BatchNormalization(trainable=False)(x)
-    twice = layers.Conv2D(4, 3, padding="same")
+    twice = layers.Conv2D(4, 3, padding="same", name="twice")
     x = layers.BatchNormalization()(twice(twice(x)))  # folded, it would be applied twice
     base = keras.Model(inner_photo, x, name="base")
     photo = keras.Input((24, 24, 3))
@@ -372,6 +412,162 @@ def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
     np.testing.assert_allclose(ours, model(photos(32, 32)), atol=0.01)
 
 
+def built_by_fit():
+    """A Sequential model without an Input, whose shape fit has found out; it ends in logits."""
+    model = keras.Sequential(
+        [
+            layers.RandomFlip(),
+            layers.RandomZoom(0.2),
+            layers.Rescaling(1 / 255),
+            layers.Conv2D(4, 3, strides=2, activation="relu", name="maps"),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(photos(), np.array([0, 1]), verbose=0)
+    return model
+
+
+def separable_with_residuals():
+    photo = keras.Input((16, 16, 3))
+    x = layers.SeparableConv2D(4, 3, padding="same", activation="relu")(photo / 255)
+    maps = layers.Add(name="maps")([x, layers.SeparableConv2D(4, 3, padding="same")(x)])
+    head = layers.Dense(3, activation="softmax")
+    return keras.Model(photo, head(layers.GlobalAveragePooling2D()(maps)))
+
+
+def attention_after_convolutions():
+    photo = keras.Input((16, 16, 3))
+    normal = layers.Normalization(mean=120.0, variance=3600.0)(photo)
+    maps = layers.Conv2D(4, 3, strides=2, activation="relu", name="maps")(normal)
+    words = layers.Reshape((49, 4))(maps)
+    words = layers.MultiHeadAttention(2, 4)(words, words)
+    head = layers.Dense(3, activation="softmax")
+    return keras.Model(photo, head(layers.GlobalAveragePooling1D()(words)))
+
+
+@pytest.mark.parametrize(
+    "build", [built_by_fit, separable_with_residuals, attention_after_convolutions]
+)
+def test_classifiers_of_these_kinds_are_loaded_and_explained(build, tmp_path):
+    model = build()
+    model.save(tmp_path / "kind.keras")
+    network = study.Network(study.load_model(tmp_path / "kind.keras", 16))
+    outputs = model(photos(), training=False).numpy()
+    if build is built_by_fit:
+        outputs = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+    np.testing.assert_allclose(network.probabilities(photos()), outputs, atol=1e-5)
+    assert network.heatmap_layer == "maps"
+    heatmap = study.grad_cam(network, photos()[0], "maps", 1)
+    assert heatmap.shape == network.positions("maps") and np.isfinite(heatmap).all()
+    pictures, _ = study.filter_patterns(
+        network, network.convolutions[0].layer, [0], size=16, steps=1
+    )
+    assert pictures.shape == (1, 16, 16, 3)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def of_many_layers():
+    """A model in a model, with the layers that Keras 2 described otherwise than Keras 3."""
+    inner_photo = keras.Input((16, 16, 3))
+    x = layers.DepthwiseConv2D(3)(inner_photo)
+    x = layers.BatchNormalization()(layers.SeparableConv2D(4, 3)(x))
+    inner = keras.Model(inner_photo, layers.Conv2DTranspose(4, 3)(x), name="inner")
+    head = [layers.GlobalAveragePooling2D(), layers.Dense(3, activation="softmax")]
+    return keras.Sequential([keras.Input((16, 16, 3)), layers.RandomFlip(), inner, *head])
+
+
+def as_keras_2(part):
+    """A configuration of Keras 3 as tf_keras 2.20 writes it, where the two differ."""
+    if isinstance(part, list):
+        return [as_keras_2(it) for it in part]
+    if not isinstance(part, dict):
+        return part
+    part = {name: as_keras_2(value) for name, value in part.items()}
+    kind, config = part.get("class_name"), part.get("config")
+    if kind == "Functional":
+        part["module"] = "tf_keras.src.engine.functional"
+        for ends in ("input_layers", "output_layers"):
+            config[ends] = [config[ends]]
+    if kind in ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"):
+        config["groups"] = 1
+    if kind == "SeparableConv2D":
+        config |= {f"kernel_{what}": None for what in ("initializer", "regularizer", "constraint")}
+    if kind == "BatchNormalization":
+        config["axis"] = [3]
+    if kind == "RandomFlip":
+        config |= {"rng_type": "stateful", "batch_input_shape": [None, 16, 16, 3]}
+    return part
+
+
+def rewrite_description(path, change):
+    """Change the configuration in a saved model's file."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = json.dumps(change(json.loads(file.attrs["model_config"])))
+        return
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["config.json"] = json.dumps(change(json.loads(files["config.json"])))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_files_of_keras_2_are_loaded_where_only_their_description_differs(suffix, tmp_path):
+    model, path = of_many_layers(), tmp_path / f"old{suffix}"
+    model.save(path)
+    rewrite_description(path, as_keras_2)
+    with pytest.raises((TypeError, ValueError)):
+        keras.saving.load_model(path)
+    before = path.read_bytes()
+    loaded = study.load_model(path, 32)
+    ours, expected = (it(photos(), training=False) for it in (loaded, model))
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert path.read_bytes() == before
+
+
+def test_an_argument_that_changes_what_a_layer_does_is_not_dropped(tmp_path):
+    def with_groups(description):
+        return json.loads(json.dumps(as_keras_2(description)).replace('"groups": 1', '"groups": 2'))
+
+    of_many_layers().save(tmp_path / "old.h5")
+    rewrite_description(tmp_path / "old.h5", with_groups)
+    with pytest.raises(Stop, match="groups"):
+        study.load_model(tmp_path / "old.h5", 32)
+
+
+@pytest.mark.parametrize("name", ["TFOpLambda", "MyLayer"])
+def test_a_layer_that_keras_lacks_is_named_in_two_short_lines(name, tmp_path):
+    def with_it(description):
+        return json.loads(json.dumps(description).replace("GlobalAveragePooling2D", name))
+
+    path = tmp_path / "foreign.h5"
+    of_many_layers().save(path)
+    rewrite_description(path, with_it)
+    with pytest.raises(Stop) as stop:
+        study.load_model(path, 32)
+    first, second = str(stop.value).replace(str(path), "foreign.h5").splitlines()
+    assert name in first and "foreign.h5" in first and max(len(first), len(second)) <= 100
+    assert ("load_weights" in second) == (name == "TFOpLambda")
+
+
+def test_the_layer_of_convnext_is_found_again(tmp_path):
+    photo = keras.Input((16, 16, 3))
+    scale = sys.modules[keras.applications.ConvNeXtTiny.__module__].LayerScale
+    x = scale(0.5, 4)(layers.Conv2D(4, 3)(photo))
+    head = layers.Dense(2, activation="softmax")
+    model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(x)))
+    model.save(tmp_path / "scaled.h5")
+    loaded = study.load_model(tmp_path / "scaled.h5", 16)
+    ours, expected = (it(photos(), training=False) for it in (loaded, model))
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
 # ---- What is refused, and what is warned of ------------------------------------------------------
 
 
@@ -383,9 +579,9 @@ def two_inputs():
 @pytest.mark.parametrize(
     ("build", "lacking"),
     [
-        (lambda: headed(layers.Dense(3, activation="softmax"), size=(16, 16, 1)), "RGB"),
+        (lambda: headed(layers.Dense(3, activation="softmax"), size=(16, 16, 4)), "RGB"),
         (lambda: headed(layers.Dense(3, activation="relu")), "softmax"),
-        (lambda: headed(layers.Dense(3, activation="sigmoid")), "single sigmoid"),
+        (lambda: headed(layers.Dense(3, activation="softmax"), layers.Rescaling(2)), "Rescaling"),
         (two_inputs, "one input"),
         (
             lambda: keras.Sequential(
@@ -411,18 +607,6 @@ def test_an_input_of_open_size_becomes_as_large_as_asked(tmp_path):
     assert study.grad_cam(model, photos()[0], "maps", 0).shape == (47, 47)
 
 
-def test_a_model_that_does_not_tell_black_from_white_is_warned_of(capsys, tmp_path):
-    for bias, warned in ((40.0, True), (0.0, False)):
-        photo = keras.Input((16, 16, 3))
-        saturating = layers.Conv2D(2, 3, activation="sigmoid", name="saturating")
-        means = layers.GlobalAveragePooling2D()(saturating(layers.Rescaling(1 / 255)(photo)))
-        saturating.bias.assign([bias, bias])
-        model = keras.Model(photo, layers.Dense(2, activation="softmax")(means))
-        model.save(tmp_path / "odd.keras")
-        study.load_model(tmp_path / "odd.keras", 16)
-        assert ("Rescaling" in capsys.readouterr().out) == warned
-
-
 def test_what_happens_to_channels_alone_keeps_the_positions():
     photo = keras.Input((21, 25, 3))
     # It takes the channels apart, turns their order round and stacks them again.
@@ -436,3 +620,132 @@ def test_what_happens_to_channels_alone_keeps_the_positions():
     assert (field.centre, field.stride, field.size) == ((1, 1), (2, 2), (3, 3))
     batch = photos(21, 25)
     np.testing.assert_allclose(network.probabilities(batch), model(batch), atol=1e-6)
+
+
+# ---- Photos as the model takes them --------------------------------------------------------------
+
+# What Keras documents of its modes: BGR less ImageNet's mean, or normalized by mean and deviation.
+MEAN, DEVIATION = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+TAKEN = {
+    "0..255": lambda photo: photo,
+    "0..1": lambda photo: photo / 255,
+    "tf": lambda photo: photo / 127.5 - 1,
+    "caffe": lambda photo: photo[..., ::-1] - [103.939, 116.779, 123.68],
+    "torch": lambda photo: (photo / 255 - MEAN) / DEVIATION,
+}
+
+
+@pytest.mark.parametrize("pixels", study.PIXELS)
+def test_photos_are_turned_into_the_pixels_that_the_model_was_trained_on(pixels):
+    model = headed(layers.Dense(3, activation="softmax"))
+    network = study.Network(model, pixels=pixels)
+    expected = model(TAKEN[pixels](photos()))
+    np.testing.assert_allclose(network.probabilities(photos()), expected, atol=1e-5)
+    assert network.receptive_fields["maps"] == study.Network(model).receptive_fields["maps"]
+    (maps,) = network.activations(photos(), ["maps"])
+    expected = keras.Model(model.input, model.get_layer("maps").output)(TAKEN[pixels](photos()))
+    np.testing.assert_allclose(maps, expected, atol=1e-5)
+
+
+def brightness_model(pixels):
+    """Tells bright photos from dark ones, at 160, if it is fed these pixels."""
+    photo = keras.Input((8, 8, 3))
+    brightness = layers.Conv2D(1, 1)
+    scores = layers.Dense(2)(layers.GlobalAveragePooling2D()(brightness(photo)))
+    model = keras.Model(photo, layers.Softmax()(scores))
+    black, white = (TAKEN[pixels](np.full(3, level)) for level in (0.0, 255.0))
+    of_channel = 255 / (white - black) / 3  # what leads back to 0–255, for the mean of channels
+    brightness.set_weights(
+        [of_channel.reshape(1, 1, 3, 1), np.array([-np.sum(of_channel * black)])]
+    )
+    model.layers[-2].set_weights([np.array([[-0.1, 0.1]]), np.array([16.0, -16.0])])
+    return model
+
+
+@pytest.fixture(scope="module")
+def dark_and_bright(tmp_path_factory):
+    """The paths of 24 dark photos and 24 bright ones, and their labels, 0 and 1."""
+    folder, paths = tmp_path_factory.mktemp("dark_and_bright"), []
+    for number, level in enumerate([*range(100, 148, 2), *range(174, 222, 2)]):
+        paths.append(folder / f"{number:02}.png")
+        Image.new("RGB", (8, 8), (level, level, level)).save(paths[-1])
+    return paths, [0] * 24 + [1] * 24
+
+
+@pytest.mark.parametrize("pixels", study.PIXELS)
+def test_a_model_that_is_fed_other_pixels_than_it_was_trained_on_is_told(
+    pixels, dark_and_bright, capsys
+):
+    paths, labels = dark_and_bright
+    model = brightness_model(pixels)
+    for fed in study.PIXELS:
+        network = study.Network(model, pixels=fed)
+        survey = study.survey_photos(network, paths, labels, ["dark", "bright"])
+        study.warn_of_pixels(survey, "my.keras", "--pixels {}")
+        told = capsys.readouterr().out
+        right = int((survey.probabilities.argmax(1) == labels).sum())
+        if right > 38:  # ten mistakes can be few by chance
+            assert told == "" and (fed != pixels or right == 48)
+        else:
+            assert "my.keras gets 48 of 48 test photos right" in told and f"and {right} on" in told
+            assert told.endswith(f": add --pixels {pixels}\n")
+
+
+def test_a_few_photos_more_that_are_right_are_taken_for_chance(dark_and_bright, capsys):
+    paths, _ = dark_and_bright
+    # The right pixels get 14 + 14 photos right, the wrong ones, which are all bright, 24.
+    labels = [0] * 14 + [1] * 10 + [0] * 10 + [1] * 14
+    network = study.Network(brightness_model("0..1"))
+    survey = study.survey_photos(network, paths, labels, ["dark", "bright"])
+    assert survey.evaluation.correct.sum() == 24
+    study.warn_of_pixels(survey, "my.keras", "--pixels {}")
+    assert "test photos right" not in capsys.readouterr().out
+
+
+def test_without_labels_only_what_saturates_is_told(dark_and_bright, capsys):
+    paths, _ = dark_and_bright
+    for pixels, told_of in (("0..1", "fits: --pixels 0..1, "), ("0..255", ""), ("caffe", "")):
+        network = study.Network(brightness_model(pixels))
+        survey = study.survey_photos(network, paths[:3], None, ["dark", "bright"])
+        study.warn_of_pixels(survey, "my.keras", "--pixels {}")
+        told = capsys.readouterr().out
+        assert told_of in told and bool(told) == bool(told_of)
+
+
+@pytest.fixture(scope="module")
+def drawn_grey(tmp_path_factory):
+    """A model that takes grey photos, a coloured photo, and the folder where it is drawn."""
+    folder = tmp_path_factory.mktemp("grey")
+    model = headed(layers.Dense(2, activation="softmax"), size=(16, 16, 1))
+    photo = photos(16, 16)[0].astype("uint8")
+    Image.fromarray(photo).save(folder / "coloured.png")
+    study.draw(
+        model, [folder / "coloured.png"], ["a", "b"], folder, pattern_size=16, pattern_steps=2
+    )
+    return model, photo, folder
+
+
+def test_a_grey_model_gets_grey_photos_and_the_pictures_show_them(drawn_grey):
+    model, photo, folder = drawn_grey
+    grey = np.asarray(Image.fromarray(photo).convert("L"), "float32")
+    ours = study.Network(model).probabilities(photo[None])
+    np.testing.assert_allclose(ours, model(grey[None, ..., None]), atol=0.01)
+    for file in ("OriginalImage.jpeg", "photos_1.jpg", "photos.jpg", "conv2d_1_filters.jpg"):
+        shown = np.asarray(Image.open(folder / file).convert("RGB"), int)
+        # Beside the grey tiles there are red frames and a title.
+        assert np.median(np.ptp(shown, axis=2)) <= 3, file
+    shown = np.asarray(Image.open(folder / "OriginalImage.jpeg").convert("RGB"), int)
+    assert np.ptp(shown, axis=2).max() <= 3 and np.abs(shown[..., 0] - grey).mean() < 5
+
+
+def test_the_patterns_of_a_grey_model_are_grey_and_of_full_contrast(drawn_grey):
+    model, *_ = drawn_grey
+    pictures, _ = study.filter_patterns(model, "maps", range(4), size=32, steps=4)
+    assert (pictures == pictures[..., :1]).all()
+    np.testing.assert_allclose(pictures.std((1, 2, 3)), study.PATTERN_CONTRAST, rtol=0.2)
+
+
+def test_a_grey_model_takes_no_pixels_of_three_colours():
+    model = headed(layers.Dense(2, activation="softmax"), size=(16, 16, 1))
+    with pytest.raises(Stop, match="caffe"):
+        study.Network(model, pixels="caffe")

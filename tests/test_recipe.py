@@ -44,9 +44,8 @@ def test_the_head_takes_means_loses_a_tenth_in_training_and_ends_in_a_softmax(in
     hidden, classes = of_type(model, layers.Dense)
     (dropout,) = of_type(model, layers.Dropout)
     blocks = model.get_layer("mixed10").output
-    maps, learnt, probabilities = keras.Model(
-        model.input, [blocks, hidden.output, model.output]
-    ).predict(photos, verbose=0)
+    outputs = [blocks, hidden.output, model.output]
+    maps, learnt, probabilities = (np.array(it) for it in keras.Model(model.input, outputs)(photos))
     weights, bias = hidden.get_weights()
     by_hand = np.maximum(0, maps.mean((1, 2)) @ weights + bias)
     np.testing.assert_allclose(learnt, by_hand, rtol=1e-3, atol=1e-4)
@@ -136,45 +135,34 @@ def write_keras_2_layout(path, model):
         save_weights_to_hdf5_group(file, model)
 
 
-@pytest.fixture(scope="module")
-def pretrained():
-    """The backbone as Keras makes it, with a value of its own for each weight, so that a swap of
-    two layers of one shape shows."""
-    backbone = keras.applications.InceptionV3(
-        include_top=False, weights=None, input_shape=(75, 75, 3)
-    )
-    rng = np.random.default_rng(0)
-    backbone.set_weights([rng.random(it.shape, "float32") for it in backbone.get_weights()])
-    return backbone
-
-
 @pytest.mark.parametrize(
     ("name", "size"), [("notop.weights.h5", 139), ("inception_v3_kernels_notop.h5", 75)]
 )
 def test_files_without_a_classifier_give_their_weights_and_keep_their_strides(
-    pretrained, tmp_path, name, size
+    stock_inception, tmp_path, name, size
 ):
     path = tmp_path / name
     write = write_keras_2_layout if "kernels" in name else lambda path, it: it.save_weights(path)
-    write(path, pretrained)
+    write(path, stock_inception)
     model = study.build_model(2, size, str(path))
-    assert_same_weights(model, weights_by_name(pretrained))
+    assert_same_weights(model, weights_by_name(stock_inception))
     assert model.output_shape == (None, 2) and model.input_shape == (None, size, size, 3)
     # A window of 3 × 3 on 7 × 7 positions has 5 × 5 places; every second one is 3 × 3.
     assert positions(model) == ([(7, 7), (3, 3)] if size == 139 else [(3, 3), (1, 1)])
 
 
-def test_from_scratch_small_photos_keep_more_positions_and_a_model_gives_its_own_strides(tmp_path):
-    fresh = study.build_model(2, 139, "none")
-    assert positions(fresh) == [(7, 7), (5, 5)]
-    fresh.save(tmp_path / "fresh.keras")
-    further = study.build_model(4, 139, str(tmp_path / "fresh.keras"))
-    assert_same_weights(further, weights_by_name(fresh))
+def test_a_model_gives_its_weights_and_its_own_strides(inception):
+    model, path = inception  # small photos, from scratch
+    further = study.build_model(4, 139, str(path))
+    assert_same_weights(further, weights_by_name(model))
     assert positions(further) == [(7, 7), (5, 5)] and further.output_shape == (None, 4)
 
 
-def test_from_scratch_photos_of_203_pixels_keep_inceptions_strides():
-    assert positions(study.build_model(2, 203, "none")) == [(11, 11), (5, 5)]
+@pytest.mark.parametrize(
+    ("size", "expected"), [(202, [(10, 10), (8, 8)]), (203, [(11, 11), (5, 5)])]
+)
+def test_from_scratch_photos_of_less_than_203_pixels_keep_more_positions(size, expected):
+    assert positions(study.build_model(2, size, "none")) == expected
 
 
 def test_files_that_do_not_hold_inceptions_weights_are_named(inception, tmp_path):
