@@ -1129,6 +1129,9 @@ def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
     _, empty, _ = page.colours("#bins .count", 0.5, 0.6)
     assert near(full, (154, 52, 18)) and near(empty, (250, 248, 244))
     assert page.eval("$('table').href.split('/').at(-1)") == "predictions.csv"
+    page = visit(change=lambda run: run.update(reliability=None))
+    assert not page.eval("$('reliability').checkVisibility()")
+    assert page.eval("$('table').checkVisibility()")
 
 
 HOSTILE = ['"ro\'se"', "</script><b>x", "$x$ & `y`\n\u2028z"]
