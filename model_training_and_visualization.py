@@ -1038,7 +1038,7 @@ def reliability(evaluation):
     sum of their confidences, and how many of them are right. A bin holds its upper end.
     """
     confidence = evaluation.probabilities.max(1).astype(float)
-    is_right = evaluation.predicted == evaluation.labels
+    is_right = evaluation.correct
     bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
     columns = np.column_stack([np.ones(len(bins)), confidence, is_right])
     sums = np.zeros((CONFIDENCE_BINS, 3))
