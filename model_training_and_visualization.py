@@ -17,6 +17,7 @@ or Sequential Keras classifier that takes 0–255 RGB (or the Network of another
 import argparse
 import base64
 import contextlib
+import csv
 import hashlib
 import http.client
 import importlib
@@ -102,7 +103,9 @@ def main(options, build=None, **pattern_settings):
             warn_of_pixels(survey, printable(options.model.name), "--pixels {}")
         report(survey, options)
         command = pasteable("python", *without_folders(sys.argv))
-        draw_survey(survey, options.output, record, command, seed, **pattern_settings)
+        training = training_photos(options.data / "train", class_names)
+        settings = {"seed": seed, "training": training} | pattern_settings
+        draw_survey(survey, options.output, record, command, **settings)
     except KeyboardInterrupt:
         print(f"\nThe model is saved in {printable(options.model)}; --skip-training draws it.")
         raise
@@ -985,6 +988,8 @@ def evaluation_report(evaluation):
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
     if not evaluation.is_multi_label:
         lines.append(most_confused(evaluation.confusion, names))
+        error = calibration_error(evaluation)
+        lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
     if evaluation.is_no_better_than_chance:
         lines.append(
             "Warning: this accuracy is no better than chance; train longer, on more photos."
@@ -1021,6 +1026,33 @@ def most_confused(confusion, names):
     if len(pairs) == 1:
         return f"Most confused: {named}, {photos} of {confusion[pairs[0]].sum()} photos."
     return f"Most confused: {named}, {photos} {'photo' if photos == 1 else 'photos'} each."
+
+
+CONFIDENCE_BINS = 10  # of the same width, from 0 to 1
+
+
+def reliability(evaluation):
+    """How often the model is right when it is so sure: (CONFIDENCE_BINS, 3).
+
+    For each bin of confidence, the probability of the predicted class, its number of photos, the
+    sum of their confidences, and how many of them are right. A bin holds its upper end.
+    """
+    confidence = evaluation.probabilities.max(1).astype(float)
+    is_right = evaluation.predicted == evaluation.labels
+    bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
+    columns = np.column_stack([np.ones(len(bins)), confidence, is_right])
+    sums = np.zeros((CONFIDENCE_BINS, 3))
+    np.add.at(sums, bins, columns)
+    return sums
+
+
+def calibration_error(evaluation):
+    """The mean distance of confidence and accuracy, bin by bin: 0 where it is as sure as it should.
+
+    Guo et al., "On Calibration of Modern Neural Networks" (2017).
+    """
+    counts, confidences, right = reliability(evaluation).T
+    return float(np.abs(confidences - right).sum() / counts.sum())
 
 
 @dataclass(frozen=True)
@@ -1427,15 +1459,24 @@ def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
 def most_selective(peaks, count=EXAMPLE_FILTERS):
     """Numbers of the filters whose best photos stand out most, the most selective first.
 
-    Measured by how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all
-    photos, in standard deviations of the peaks. A filter that fires on no photo is left out.
+    A filter that fires on no photo is left out.
+    """
+    selectivity = selectivity_of(peaks)
+    ranking = np.argsort(-selectivity, kind="stable")[:count]
+    return [int(index) for index in ranking if selectivity[index] >= 0]
+
+
+def selectivity_of(peaks):
+    """How far a filter's best photos stand out: (filters,); -1 where it fires on no photo.
+
+    It is how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all photos, in
+    standard deviations of the peaks.
     """
     best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
     spread = peaks.values.std(0)
     selectivity = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
     selectivity[(best <= 0) | (spread < 1e-12)] = -1
-    ranking = np.argsort(-selectivity, kind="stable")[:count]
-    return [int(index) for index in ranking if selectivity[index] >= 0]
+    return selectivity
 
 
 def cut_patch(photo, size, field, position, side=PATCH_SIDE):
@@ -1491,7 +1532,10 @@ def draw_examples(output, network, patterns, peaks, paths):
 # positions lie, and judged by deletion: how far the probability falls when what it marks is blurred
 # away, beside a part of the same size in the middle of the photo, the control.
 
+ALL_CLASSES = 10  # so many classes have all a heatmap of each photo; of more,
+PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
+PLACES = 6  # rows and columns of a photo's places that are covered one by one
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
 
 
@@ -1576,26 +1620,47 @@ class Deletion(NamedTuple):
     without_central: float  # the control: a part of the same size in the middle
 
 
-def deletion_of(network, explanation):
-    """The Deletion of the heatmap of an Explanation."""
+def deletion_of(network, explanation, predict=None):
+    """The Deletion of the heatmap of an Explanation. predict: see probabilities_without."""
     size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
     hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
     central = top_fraction(centred_blob(size))
-    without = probabilities_without(network, [explanation.pixels] * 2, [hottest, central])
+    masks, predict = [hottest, central], predict or network.probabilities
+    without = probabilities_without(predict, [explanation.pixels] * 2, masks)
     of_class = [explanation.probabilities, *without]
     return Deletion(*(float(it[explanation.class_index]) for it in of_class))
 
 
-def probabilities_without(network, photos, masks):
+def probabilities_without(predict, photos, masks):
     """Probabilities (n, classes) of n (height, width, 3) photos, each with its mask blurred away.
 
-    masks: (height, width) booleans. What is blurred still has its colour, but no shape.
+    predict: a function of photos (n, height, width, 3), such as Network.probabilities. masks:
+    (height, width) booleans. What is blurred still has its colour, but no shape.
     """
-    without = []
-    for photo, mask in zip(photos, masks, strict=True):
-        blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
-        without.append(np.where(mask[..., None], blurred, photo))
-    return network.probabilities(np.stack(without))
+    blurred = {
+        id(photo): cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
+        for photo in {id(photo): photo for photo in photos}.values()
+    }
+    pairs = zip(photos, masks, strict=True)
+    without = [np.where(mask[..., None], blurred[id(photo)], photo) for photo, mask in pairs]
+    return predict(np.stack(without))
+
+
+def probabilities_without_places(predict, photo):
+    """Probabilities of a photo with one place blurred away: (PLACES, PLACES, classes).
+
+    The places are rectangles of the same size, with plain edges, that fill the (height, width, 3)
+    photo: Zeiler and Fergus (2013), who cover them in grey. predict: see probabilities_without.
+    """
+    height, width = photo.shape[:2]
+    row_of, column_of = np.arange(height) * PLACES // height, np.arange(width) * PLACES // width
+    masks = [
+        (row_of == row)[:, None] & (column_of == column)
+        for row in range(PLACES)
+        for column in range(PLACES)
+    ]
+    without = probabilities_without(predict, [photo] * len(masks), masks)
+    return without.reshape(PLACES, PLACES, -1)
 
 
 def top_fraction(heatmap, fraction=DELETED_FRACTION):
@@ -1702,11 +1767,15 @@ def most_probable(probabilities):
 
 
 def _classes_in_question(probabilities, labels):
-    """(n, 3) class indices for each photo: the two most probable ones, then the true one.
+    """(n, k) class indices for each photo: of up to ALL_CLASSES all, the most probable first; of
+    more the PROBABLE_CLASSES most probable, then the true one.
 
     labels: true class indices; where one is -1, not known, the most probable stands for it.
     """
-    probable = most_probable(probabilities)[:, :2]
+    ranking = most_probable(probabilities)
+    if ranking.shape[1] <= ALL_CLASSES:
+        return ranking
+    probable = ranking[:, :PROBABLE_CLASSES]
     return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
 
 
@@ -1744,9 +1813,12 @@ def deletion_caption(explanation):
     elif without_hottest < without_central + DELETION_MARGIN:
         judgement = "The same as a guess here."
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
+    # A third digit where two would hide which of them is lower.
+    digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
+    before, hottest, central = (f"{it:.{digits}f}" for it in explanation.deletion)
     return (
-        f"Without the hottest {part}: P({name}) {before:.2f} → {without_hottest:.2f}; "
-        f"without a central {part}: {without_central:.2f}. {judgement}"
+        f"Without the hottest {part}: P({name}) {before} → {hottest}; "
+        f"without a central {part}: {central}. {judgement}"
     )
 
 
@@ -2157,11 +2229,11 @@ def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXE
 class Survey:
     """What one pass over n photos found: first those of unknown class, the user's own.
 
-    The k = 3 classes of a photo are the two most probable ones, then the true one; where that is
-    not known, the most probable one again.
+    The k classes of a photo that have a heatmap begin with the two most probable ones.
     """
 
     network: object  # a Network
+    extract: object  # see _traced_extractor
     class_names: list
     paths: list
     read: object  # see photo_reader
@@ -2174,6 +2246,7 @@ class Survey:
     concept_shares: np.ndarray  # (n, k, concepts) what each adds to the logits of these classes
     sample: np.ndarray  # the numbers of up to CONCEPT_PHOTOS photos
     sample_features: np.ndarray  # (sample, h, w, channels), at that last layer
+    features: np.ndarray  # (n, channels), the means of that layer's feature maps
     peaks: dict  # {layer: Peaks of its first filters}
 
     @cached_property
@@ -2194,6 +2267,16 @@ class Survey:
             return None
         of_known = self.labels[known], self.probabilities[known]
         return Evaluation(list(self.class_names), *of_known, self.network.is_multi_label)
+
+    def predict(self, photos):
+        """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
+        network, last = self.network, self.network.heatmap_layer
+        found = []
+        for start in range(0, len(photos), PHOTOS_AT_ONCE):
+            feature_maps, *_ = self.extract(photos[start : start + PHOTOS_AT_ONCE])
+            (logits,) = network.compute(feature_maps, [LOGITS], start=last)
+            found.append(network.to_probabilities(logits).numpy())
+        return np.concatenate(found)
 
     def name(self, number):
         """The name of a photo as it is shown, that of a test photo with its folder."""
@@ -2236,6 +2319,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
     return Survey(
         network,
+        extract,
         class_names,
         paths,
         read,
@@ -2275,6 +2359,7 @@ def _look(network, feature_maps, labels, found):
         "probabilities": probabilities,
         "classes": classes,
         "uncut": uncut,
+        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
         "concept_maps": maps,
         "concept_shares": _shares_of_classes(weights, found.vectors, maps),
     }
@@ -2306,9 +2391,10 @@ def _explain_photos(survey, numbers, at_once=2):
     for start in range(0, len(numbers), at_once):
         some = numbers[start : start + at_once]
         photos = np.stack([survey.read(survey.paths[k]) for k in some])
-        classes = survey.classes[some]
-        true_is_among_the_first = (classes[:, 2:] == classes[:, :2]).any(1)
-        if true_is_among_the_first.all():
+        # The two most probable classes and the true one: each more costs a pass through the model.
+        true = np.where(survey.labels[some] < 0, survey.classes[some, 0], survey.labels[some])
+        classes = np.column_stack([survey.classes[some, :2], true])
+        if (classes[:, 2:] == classes[:, :2]).any(1).all():
             classes = classes[:, :2]  # the true class need not be asked about twice
         of_layers = uncut_grad_cam(forward, tf.constant(photos, tf.float32), classes)
         for row, number in enumerate(some):
@@ -2316,16 +2402,23 @@ def _explain_photos(survey, numbers, at_once=2):
                 name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
                 for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
             }
-            explained[number] = _explanation(survey, number, photos[row], uncut)
+            photo = network.read_photo(survey.paths[number])
+            explained[number] = _explanation(survey, number, photo, photos[row], uncut)
     return explained
 
 
-def _explanation(survey, number, pixels, uncut):
-    """The Explanation of a photo of a survey, with the deletion score of its heatmap."""
+def _explanation(survey, number, photo, pixels, uncut):
+    """The Explanation of a photo of a survey, with the deletion score of its heatmap.
+
+    uncut: see Explanation; at the last layer all classes of the survey are added.
+    """
     label = int(survey.labels[number])
+    at_last = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
+    last = survey.network.heatmap_layer
+    uncut = uncut | {last: at_last | uncut.get(last, {})}
     explanation = Explanation(
         name=survey.name(number),
-        photo=survey.network.read_photo(survey.paths[number]),
+        photo=photo,
         pixels=pixels,
         class_names=[printable(class_name) for class_name in survey.class_names],
         probabilities=survey.probabilities[number],
@@ -2335,7 +2428,8 @@ def _explanation(survey, number, pixels, uncut):
     )
     if not explanation.heatmap.any():
         return explanation
-    return replace(explanation, deletion=deletion_of(survey.network, explanation))
+    deletion = deletion_of(survey.network, explanation, survey.predict)
+    return replace(explanation, deletion=deletion)
 
 
 def draw_survey(
@@ -2344,12 +2438,14 @@ def draw_survey(
     record=None,
     command="",
     seed=0,
+    training=None,
     pattern_size=PATTERN_SIZE,
     pattern_steps=PATTERN_STEPS,
 ):
     """Draw every picture of a survey, and the page that shows them, into the folder `output`.
 
     record: {"history", "settings"} of the training, and command: that of the run, for the page.
+    training: (paths, class indices) of training photos, for those that a photo is most like.
     pattern_size: pixels; pattern_steps: of the gradient ascent.
     """
     output = Path(output)
@@ -2358,7 +2454,8 @@ def draw_survey(
     with Progress() as progress:
         patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
-        draw_page(output, survey, explained, pictures, record, command, progress)
+        likest = nearest_photos(survey, training, seed) if training else None
+        draw_page(output, survey, explained, pictures, record, command, progress, likest)
 
 
 def explain_chosen(survey):
@@ -2366,6 +2463,66 @@ def explain_chosen(survey):
     examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
     known = [survey.own_count + index for index in examples]
     return _explain_photos(survey, [*range(survey.own_count), *known])
+
+
+NEAREST = 3  # training photos of a class that are shown beside a photo
+TRAINING_PHOTOS = 300  # at most, that these are looked for among
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The training photos that each of n photos is most like, class by class."""
+
+    paths: list  # of the training photos that were looked at, m
+    labels: np.ndarray  # (m,) their class indices
+    similarity: np.ndarray  # (n, m) cosine of the means of the last feature maps
+
+    def of_class(self, number, class_index):
+        """Indices of the NEAREST training photos of a class, the most alike first."""
+        of_class = np.flatnonzero(self.labels == class_index)
+        order = np.argsort(-self.similarity[number, of_class], kind="stable")
+        return of_class[order[:NEAREST]].tolist()
+
+
+def nearest_photos(survey, training, seed=0):
+    """The Nearest of a survey's photos, among TRAINING_PHOTOS by seed, evenly of all classes.
+
+    training: (paths, class indices). Photos that do not decode are left out; None without any.
+    """
+    paths, labels = list(training[0]), np.asarray(training[1], int)
+    kept, features = [], []
+    chosen = evenly_by_class(labels, TRAINING_PHOTOS, seed)
+    # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
+    with bfloat16_where_fast():
+        extract = _traced_extractor(survey.network, [])
+        for start in range(0, len(chosen), PHOTOS_AT_ONCE):
+            pixels = []
+            for k in chosen[start : start + PHOTOS_AT_ONCE]:
+                with contextlib.suppress(Stop):
+                    pixels.append(survey.read(Path(paths[k])))
+                    kept.append(k)
+            if pixels:
+                (feature_maps,) = extract(np.stack(pixels).astype("float32"))
+                features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
+    if not kept:
+        return None
+    similarity = _unit(survey.features) @ _unit(np.concatenate(features)).T
+    return Nearest([Path(paths[k]) for k in kept], labels[kept], similarity)
+
+
+def evenly_by_class(labels, most, seed=0):
+    """Indices of at most so many labels, drawn by seed, as many of each class as it has."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank_in_class = np.zeros(len(labels), int)
+    for class_index in np.unique(labels):
+        of_class = labels[order] == class_index
+        rank_in_class[of_class] = np.arange(of_class.sum())
+    return order[np.argsort(rank_in_class, kind="stable")[:most]].tolist()
+
+
+def _unit(features):
+    """Rows (n, channels) of length 1; rows of 0 stay."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def draw_pictures(output, survey, explained, patterns, record, progress):
@@ -3450,6 +3607,8 @@ PAGE = Path(__file__).with_name("Images") / "index.html"
 LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
+DETAILED_PHOTOS = 24  # the first ones: with a deletion score and activation maps
+COVERED_PHOTOS = 6  # of these, own ones, mistakes and the least sure: place by place
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80
@@ -3458,17 +3617,21 @@ MAP_SIDE = 48
 PHOTO_COLUMNS = 6  # and rows of a sheet of photos, which a browser loads whole
 
 
-def draw_page(output, survey, explained, pictures, record, command, progress):
+def draw_page(output, survey, explained, pictures, record, command, progress, nearest=None):
     """Write the page, run.js and the sheets that the page cuts, beside the pictures.
 
     explained: {photo number: Explanation}, of the photos that can be followed through the layers.
-    pictures: {what they show: [Picture]}.
+    pictures: {what they show: [Picture]}. nearest: see nearest_photos; None without.
     """
+    stored, listed = _stored_photos(survey, explained)
+    detailed = stored[: min(DETAILED_PHOTOS, listed)]
+    in_detail = {k: explained.get(k) or _explain_at_last_layer(survey, k) for k in detailed}
     facts = _run_facts(survey, record, command)
-    facts |= _photo_facts(output, survey, explained, progress)
-    facts["concepts"] = _concept_facts(survey, facts["stored"])
-    facts |= _picture_facts(output, survey, explained, pictures, facts["stored"], progress)
-    del facts["stored"]
+    facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
+    facts["concepts"] = _concept_facts(survey, stored)
+    facts["training"] = _training_facts(output, survey, stored, nearest) if nearest else None
+    facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
+    save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(_script_text(facts), "ascii")
     _remove_old_sheets(output, facts)
@@ -3483,7 +3646,7 @@ def _run_facts(survey, record, command):
     named = (settings | versions | {"Keras": keras.__version__}).items()
     class_names = [printable(name) for name in survey.class_names]
     return {
-        "format": 3,
+        "format": 4,
         "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
         "warnings": _warnings_about(evaluation),
         "command": command,
@@ -3491,6 +3654,8 @@ def _run_facts(survey, record, command):
         "classes": class_names,
         "multi_label": network.is_multi_label,
         "test": None if evaluation is None else _test_table(evaluation),
+        "reliability": _reliability_entry(evaluation),
+        "predictions": {"file": "predictions.csv"},
         "colours": list(map(to_hex, matplotlib.colormaps[HEATMAP_COLOURS](range(256)))),
         "heatmap_layers": [_layer_entry(network, name) for name in network.heatmap_layers],
     }
@@ -3548,9 +3713,44 @@ def _test_table(evaluation):
     ]
 
 
-def _photo_facts(output, survey, explained, progress):
-    """What the page shows of photos. Writes sheets of them, and of their thumbnails."""
-    stored, listed = _stored_photos(survey, explained)
+def _reliability_entry(evaluation):
+    """How sure the model is and how often it is right: for each bin of confidence its photos, their
+    mean confidence, and how many of them are right. None where that is not known."""
+    if evaluation is None or evaluation.is_multi_label:
+        return None
+    bins = [
+        [int(count), round(float(confidence / max(1, count)), 4), int(right)]
+        for count, confidence, right in reliability(evaluation)
+    ]
+    return {"error": round(calibration_error(evaluation), 4), "bins": bins}
+
+
+def save_predictions(path, survey):
+    """Write a table of all photos for spreadsheets: file, classes, and a probability a class."""
+    names = [printable(name) for name in survey.class_names]
+    true = ["" if label < 0 else names[label] for label in survey.labels]
+    # With a mark in front, by which a spreadsheet knows UTF-8.
+    encoding = {"encoding": "utf-8-sig", "newline": ""}
+    with replace_when_whole(path) as partial_path, partial_path.open("w", **encoding) as file:
+        writer = csv.writer(file)
+        writer.writerow(map(_cell, ["file", "true class", "predicted class", *names]))
+        for number, probabilities in enumerate(survey.probabilities):
+            texts = [survey.name(number), true[number], names[probabilities.argmax()]]
+            writer.writerow([*map(_cell, texts), *(f"{it:.4f}" for it in probabilities)])
+
+
+def _cell(text):
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _photo_facts(output, survey, explained, stored, listed, progress):
+    """What the page shows of photos. Writes sheets of them, and of their thumbnails.
+
+    explained: {photo number: Explanation}, of those told in detail. stored, listed: see
+    _stored_photos.
+    """
+    covered = [k for k in _doubtful_first(survey) if k in explained][:COVERED_PHOTOS]
     paths, decode = [survey.paths[k] for k in stored], survey.network.read_photo
     sheets, ratios = _save_photos(output, paths, decode, listed, progress)
     photos = []
@@ -3562,8 +3762,66 @@ def _photo_facts(output, survey, explained, progress):
         if k in explained:
             heatmaps = _heatmap_entries(list(explained[k].uncut.values()))
             photo |= {"heatmaps": heatmaps, "worth": deletion_caption(explained[k])}
+        if k in covered:
+            without = probabilities_without_places(survey.predict, explained[k].pixels)
+            photo["covered"] = _covered_entry(without, photo["probabilities"])
         photos.append(photo)
-    return {"photo_count": len(survey.paths), "photos": photos, "stored": stored, **sheets}
+    counts = {"photo_count": len(survey.paths), "places": PLACES}
+    return {**counts, "photos": photos, **sheets}
+
+
+def _explain_at_last_layer(survey, number):
+    """The Explanation of a photo from what the survey knows: without the blocks before."""
+    pixels = survey.read(survey.paths[number])
+    return _explanation(survey, number, pixels, pixels, {})
+
+
+def _doubtful_first(survey):
+    """Numbers of all photos: own ones, then mistakes, the worst first, then the least sure."""
+    doubts = doubt(survey.probabilities, survey.labels, survey.network.is_multi_label)
+    doubtful = np.argsort(doubts, kind="stable").tolist()
+    return [*range(survey.own_count), *(k for k in doubtful if k >= survey.own_count)]
+
+
+def _covered_entry(without, entries):
+    """The probabilities of covered places as base64: a byte for each of a photo's listed classes,
+    place by place.
+
+    without: (PLACES, PLACES, classes). entries: see _probability_entries.
+    """
+    listed = without[..., [class_index for class_index, _ in entries]]
+    return base64.b64encode(np.rint(255 * listed).astype("uint8").tobytes()).decode()
+
+
+def _training_facts(output, survey, stored, nearest):
+    """The training photos that each of the page's photos is most like. Writes a sheet of them.
+
+    like: for each photo [class, [[tile, cosine], …]] of the predicted class, and of the true one
+    where that is another.
+    """
+    likest = []  # for each photo {class index: numbers of training photos}
+    for k in stored:
+        predicted, label = int(survey.probabilities[k].argmax()), int(survey.labels[k])
+        asked = dict.fromkeys([predicted, predicted if label < 0 else label])
+        likest.append({it: nearest.of_class(k, it) for it in asked})
+    used = sorted({number for of_photo in likest for some in of_photo.values() for number in some})
+    paths = [nearest.paths[number] for number in used]
+    with ThreadPoolExecutor(cores()) as pool:
+        thumbnails = [
+            _thumbnail(*it) for it in pool.map(partial(_squeezed, survey.network.read_photo), paths)
+        ]
+    columns = math.ceil(math.sqrt(len(used)))
+    sheet = _save_tiles(output / "photos_training.jpg", np.stack(thumbnails), columns, quality=70)
+    tile_of = {number: place for place, number in enumerate(used)}
+    like = [
+        [
+            [it, [[tile_of[m], round(float(nearest.similarity[k, m]), 3)] for m in some]]
+            for it, some in of_photo.items()
+        ]
+        for k, of_photo in zip(stored, likest, strict=True)
+    ]
+    names = [printable("/".join(path.parts[-2:])) for path in paths]
+    return {"count": len(nearest.paths), "sheet": sheet, "names": names, "like": like}
 
 
 def _stored_photos(survey, explained):
@@ -3572,9 +3830,8 @@ def _stored_photos(survey, explained):
     Own photos come first, then the explained ones and the rest of the test, the most doubtful
     first; then those that only lend a patch to a filter.
     """
-    doubts = doubt(survey.probabilities, survey.labels, survey.network.is_multi_label)
-    doubtful = np.argsort(doubts, kind="stable").tolist()
-    tests = [k for k in dict.fromkeys([*explained, *doubtful]) if survey.labels[k] >= 0]
+    in_order = dict.fromkeys([*explained, *_doubtful_first(survey)])
+    tests = [k for k in in_order if survey.labels[k] >= 0]
     listed = [*range(survey.own_count), *tests[:LISTED_PHOTOS]]
     lenders = {
         k
@@ -3645,11 +3902,12 @@ def _probability_entries(probabilities, label):
 def _heatmap_entries(of_layers):
     """The entries of a photo's classes, from {class index: (h, w) uncut Grad-CAM} of each layer.
 
-    What speaks for a class and what speaks against it are two maps.
+    What speaks for a class and what speaks against it are two maps. A class that the first layers
+    lack has those of the last ones.
     """
     entries = []
-    for class_index in of_layers[0]:
-        uncut = [of_layer[class_index] for of_layer in of_layers]
+    for class_index in of_layers[-1]:
+        uncut = [of_layer[class_index] for of_layer in of_layers if class_index in of_layer]
         maps, peaks = zip(*(_encoded(np.maximum(0, it)) for it in uncut), strict=True)
         against, against_peaks = zip(*(_encoded(np.maximum(0, -it)) for it in uncut), strict=True)
         entry = {"class": class_index, "peaks": peaks, "maps": maps}
@@ -3711,20 +3969,24 @@ def _save_tiles(path, tiles, columns, quality):
     return {"file": path.name, "width": sheet.shape[1], "height": sheet.shape[0]} | place
 
 
-def _picture_facts(output, survey, explained, pictures, stored, progress):
+def _picture_facts(output, survey, detailed, pictures, stored, progress):
     """What the page shows of the pictures, filters and layers. Writes activation maps.
 
-    stored: the numbers of the photos that the page has.
+    detailed: numbers of the photos that have activation maps; stored: of all that the page has.
     """
     filters = _convolution_entries(pictures["filters"])
+    maps = _activation_maps(survey, detailed)
     for entry in filters:
-        entry |= _firing_entries(output, survey, explained, stored, entry)
-        progress.tell(entry["maps"]["file"])
+        path = output / f"conv2d_{entry['number']}_maps.jpg"
+        tiles = maps[entry["activation"]]
+        entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(detailed), quality=72)
+        entry |= _firing_entries(survey, detailed, stored, entry["activation"])
+        progress.tell(path.name)
     of_run = [picture for of_part in pictures.values() for picture in of_part]
     return {
         "filters": filters,
         "channels": _convolution_entries(pictures["layers"]),
-        "pictures": [{"file": it.file, "caption": it.caption} for it in of_run],
+        "pictures": [_picture_entry(output, it) for it in of_run],
     }
 
 
@@ -3752,16 +4014,20 @@ def _convolution_entries(pictures):
     return list(entries.values())
 
 
-def _firing_entries(output, survey, explained, stored, convolution):
-    """What fires each filter of a sheet of patterns. Writes their activation maps."""
-    layer = convolution["activation"]
+def _picture_entry(output, picture):
+    width, height = Image.open(output / picture.file).size
+    caption = {"file": picture.file, "caption": picture.caption}
+    return caption | {"width": width, "height": height}
+
+
+def _firing_entries(survey, detailed, stored, layer):
+    """What fires each filter of a layer, and how selective it is; see selectivity_of."""
     peaks, index_of = survey.peaks[layer], {k: index for index, k in enumerate(stored)}
-    path = output / f"conv2d_{convolution['number']}_maps.jpg"
     return {
         "field": _layer_entry(survey.network, layer),
         "patches": _patch_entries(peaks, index_of),
-        "maps": _save_activation_maps(path, survey.network, layer, peaks, explained),
-        "peaks": peaks.values[list(explained)].astype(float).round(3).tolist(),
+        "peaks": peaks.values[detailed].astype(float).round(3).tolist(),
+        "selectivity": selectivity_of(peaks).astype(float).round(3).tolist(),
     }
 
 
@@ -3780,23 +4046,26 @@ def _patch_entries(peaks, index_of):
     return entries
 
 
-def _save_activation_maps(path, network, layer, peaks, explained):
-    """Write the activation maps of the filters drawn: a row for each of the explained photos.
+def _activation_maps(survey, numbers, at_once=8):
+    """{layer: tiles (n, MAP_SIDE, MAP_SIDE, 3) uint8} of the filters drawn, photo by photo.
 
-    Black is 0, and a filter has one scale for all photos, so that they can be compared. Returns the
-    entry of the sheet.
+    Black is 0, and a filter has one scale for all photos of the survey, so that they can be
+    compared. at_once: photos whose feature maps are in memory together.
     """
-    highest = peaks.values[list(explained)].max(0)
-    filters = len(highest)
-    rows = []
-    for explanation in explained.values():
-        (activation,) = network.activations(network.as_batch(explanation.pixels), [layer])
-        shares = activation[0, ..., :filters].clip(0) / np.maximum(highest, 1e-12)
-        smooth = cv2.INTER_AREA if len(shares) > MAP_SIDE else cv2.INTER_LINEAR
-        for k in range(filters):
-            rows.append(cv2.resize(shares[..., k], (MAP_SIDE, MAP_SIDE), interpolation=smooth))
-    tiles = matplotlib.colormaps[HEATMAP_COLOURS](np.stack(rows), bytes=True)[..., :3]
-    return _save_tiles(path, tiles, filters, quality=72)
+    tiles = {layer: [] for layer in survey.peaks}
+    colours = matplotlib.colormaps[HEATMAP_COLOURS]
+    for start in range(0, len(numbers), at_once):
+        pixels = [survey.read(survey.paths[k]) for k in numbers[start : start + at_once]]
+        _, *activations = survey.extract(np.stack(pixels).astype("float32"))
+        for layer, activation in zip(survey.peaks, activations, strict=True):
+            highest = np.maximum(survey.peaks[layer].values.max(0), 1e-12)
+            shares = activation.numpy().clip(0) / highest
+            smooth = cv2.INTER_AREA if shares.shape[1] > MAP_SIDE else cv2.INTER_LINEAR
+            for of_photo in shares:
+                for share in np.moveaxis(of_photo, -1, 0):
+                    small = cv2.resize(share, (MAP_SIDE, MAP_SIDE), interpolation=smooth)
+                    tiles[layer].append(colours(small, bytes=True)[..., :3])
+    return {layer: np.stack(of_layer) for layer, of_layer in tiles.items()}
 
 
 def _layer_entry(network, name):
@@ -3823,7 +4092,9 @@ def _remove_old_sheets(output, facts):
     """Remove the page's sheets that an earlier run left, and this one has no use for."""
     shown = [*facts["photo_sheets"], *(entry["maps"] for entry in facts["filters"])]
     kept = {sheet["file"] for sheet in shown}
-    for names in ("photos_[0-9]*.jpg", "conv2d_*_maps.jpg"):
+    if facts["training"]:
+        kept.add(facts["training"]["sheet"]["file"])
+    for names in ("photos_[0-9]*.jpg", "photos_training.jpg", "conv2d_*_maps.jpg"):
         for path in output.glob(names):
             if path.name not in kept:
                 path.unlink()
@@ -4359,6 +4630,18 @@ def without_folders(words):
     for word in words:
         option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
         yield option + equals + (Path(value).name or value)
+
+
+def training_photos(folder, class_names):
+    """(paths, class indices) of the photos in a train folder; None where it is none of the model's.
+
+    They are not looked at: what does not decode is found where they are read.
+    """
+    if not folder.is_dir() or class_folders(folder) != class_names:
+        return None
+    files = [_photo_files(folder / name) for name in class_names]
+    labels = np.repeat(np.arange(len(files)), list(map(len, files)))
+    return [path for found in files for path in found], labels
 
 
 def photos_and_labels(own_photos, test):

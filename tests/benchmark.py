@@ -938,7 +938,10 @@ def mean_falls(network, photos, labels):
 
     def probabilities(masks):
         batches = [slice(start, start + 32) for start in range(0, count, 32)]
-        scores = [study.probabilities_without(network, photos[it], masks[it]) for it in batches]
+        scores = [
+            study.probabilities_without(network.probabilities, photos[it], masks[it])
+            for it in batches
+        ]
         return np.concatenate(scores)[range(count), labels]
 
     before = probabilities([np.zeros(size, bool)] * count)

@@ -1,10 +1,11 @@
 """What the page promises: data that it can read, whatever photos and classes are called."""
 
+import csv
 import os
 import re
 from pathlib import Path
 
-import keras
+import matplotlib
 import numpy as np
 import pytest
 from conftest import remembered_figures, small_model
@@ -190,28 +191,62 @@ def test_a_photo_beyond_the_first_sheet_lies_in_its_place(many):
     assert photo["sheet"] > 0 and np.abs(tile - np.asarray(whole)).mean() < 6
 
 
-def test_an_activation_map_is_scaled_by_the_photos_that_are_shown(tmp_path):
-    rng = np.random.default_rng(0)
-    keras.utils.set_random_seed(0)
-    paths = [tmp_path / f"{k}.png" for k in range(9)]
-    for path in paths:
-        Image.fromarray(rng.integers(0, 256, (32, 32, 3), "uint8")).save(path)
-    folder, labels = tmp_path / "Images", [0, 1, 2] * 3
+def test_an_activation_map_is_scaled_by_all_photos(tmp_path):
+    # The last one is right and sure: it has no map, but fires a filter most.
+    names = ["ruby/a.png", "emerald/b.png", *["ruby/c.png"] * 28, "azure/b.png"]
+    known = {it.name: it for it in write_photos(tmp_path, {it: TEST_PHOTOS[it] for it in names})}
+    photos, folder = [known[name] for name in names], tmp_path / "Images"
+    paths, labels = [it.path for it in photos], [it.label for it in photos]
+    study.draw(known_model(), paths, CLASSES, folder, labels, pattern_size=32, pattern_steps=1)
+    (entry,) = read_run(folder)["filters"]
+    assert len(entry["peaks"]) == 24  # the first photos
+    picture = np.asarray(Image.open(folder / entry["maps"]["file"]).convert("L")).astype(int)
+    side = entry["maps"]["tile"]
+    rows = picture.reshape(24, side, entry["maps"]["columns"], side).max((0, 1, 3))
+    shown = np.max(entry["peaks"], axis=0)
+    highest = np.array([it[0][3] if it else 0 for it in entry["patches"]])
+    # Some filter fires more on a photo that has no map.
+    shares = shown[shown > 0] / highest[shown > 0]
+    assert shares[shares < 1].min() < 0.9 and shares.max() == 1
+    colours = 255 * matplotlib.colormaps["inferno"](shares)[:, :3]
+    luminance = colours @ (0.299, 0.587, 0.114)
+    np.testing.assert_allclose(rows[shown > 0], luminance, atol=12)
+
+
+def test_names_are_texts_to_a_spreadsheet(tmp_path):
+    photo = Image.fromarray(np.full((32, 32, 3), 90, "uint8"))
+    names = ["=1+2.png", "+1.png", "-1.png", "@x.png", 'a"b,c.png', "d\ne.png"]
+    for name in names:
+        photo.save(tmp_path / name)
+    classes = ["=a", 'b"\n,', "c"]
     study.draw(
-        small_model(), paths, ["a", "b", "c"], folder, labels, pattern_size=16, pattern_steps=1
+        small_model(),
+        [tmp_path / name for name in names],
+        classes,
+        tmp_path / "Images",
+        pattern_size=16,
+        pattern_steps=1,
     )
-    run = read_run(folder)
-    brightest = []
-    for entry in run["filters"]:
-        sheet = entry["maps"]
-        picture = np.asarray(Image.open(folder / sheet["file"]).convert("L")).astype(int)
-        rows = picture.reshape(len(entry["peaks"]), sheet["tile"], sheet["columns"], sheet["tile"])
-        peaks = np.max(entry["peaks"], axis=0)
-        brightest += rows.max((0, 1, 3))[peaks > 0].tolist()
-        # Some filter fires more on a photo that is not among them.
-        elsewhere = [it[0][3] if it else 0 for it in entry["patches"]]
-        assert (np.array(elsewhere) > 1.2 * peaks).any()
-    assert min(brightest) > 200  # the end of the scale has a luminance of 244
+    with (tmp_path / "Images" / "predictions.csv").open(encoding="utf-8-sig", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header[3:] == ["'=a", 'b"\\n,', "c"]
+    expected = ["'=1+2.png", "'+1.png", "'-1.png", "'@x.png", 'a"b,c.png', "d\\ne.png"]
+    assert [row[0] for row in rows] == expected
+
+
+def test_of_many_classes_the_four_most_probable_and_the_true_one_have_heatmaps(made):
+    for photo in made[2]["photos"]:
+        true = [] if photo["true"] is None else [photo["true"]]
+        assert {it["class"] for it in photo["heatmaps"]} == {0, 1, 2, 3, *true}
+
+
+def test_training_photos_are_drawn_evenly_by_class_and_by_seed():
+    labels = np.repeat([0, 1, 2], [50, 4, 30])
+    chosen = study.evenly_by_class(labels, 24, seed=5)
+    assert np.bincount(labels[chosen]).tolist() == [10, 4, 10] and len(set(chosen)) == 24
+    assert chosen == study.evenly_by_class(labels, 24, seed=5)
+    assert chosen != study.evenly_by_class(labels, 24, seed=6)
+    assert sorted(study.evenly_by_class(labels, 100)) == list(range(84))
 
 
 # ---- The page as a file --------------------------------------------------------------------------

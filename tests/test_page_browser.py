@@ -108,6 +108,14 @@ PATCHES = [
     [[5, 1, 1, 2.0], [6, 2, 6, 1.5]],
 ]
 PEAKS = [[6.5, 1.25, 0.0, 1.0], [2.0, 3.5, 0.0, 0.5]]  # of photos 0 and 1
+SELECTIVITY = [1.5, 2.5, -1, 2.0]
+# Of photo 1 without each of 2 × 2 places: bytes of rose, daisy and tulip.
+COVERED = [[204, 38, 13], [51, 179, 25], [102, 77, 76], [255, 0, 0]]
+# For photos 1 and 6: [class, [[training photo, cosine], …]]
+LIKE = {1: [[1, [[2, 0.93], [0, 0.91]]], [0, [[3, 0.5]]]], 6: [[2, [[1, 0.999]]]]}
+TRAINING = ["rose/x.jpg", "tulip/y.jpg", "rose/z.jpg", "daisy/w.jpg"]
+# Bins of confidence: photos, their mean confidence, how many are right.
+BINS = [[0, 0, 0]] * 3 + [[1, 0.4, 1], [3, 0.6, 1], [4, 0.925, 4]]
 COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
 
 
@@ -158,6 +166,7 @@ def write_run(folder):
     photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
     nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
     photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing], "worth": "A guess for daisy: 0.34."}
+    photos[1]["covered"] = encoded(COVERED)
     patterns = write_sheet(folder, "patterns.png", 4, 4, 3, gap=2, border=4, title=15)
     patterns |= {
         "count": 4,
@@ -171,6 +180,7 @@ def write_run(folder):
         "maps": write_sheet(folder, "maps.png", 5, 8, 4),
         "patches": PATCHES,
         "peaks": PEAKS,
+        "selectivity": SELECTIVITY,
     }
     later = write_sheet(folder, "later.png", 6, 2, 2)
     later |= {"count": 2, "silent": [], "layer": "conv_7", "caption": "What later filters look for"}
@@ -187,10 +197,11 @@ def write_run(folder):
     deep = write_sheet(folder, "deep.png", 10, 3, 3)
     deep |= {"count": 3, "silent": [], "layer": "conv_4", "caption": "conv_4 for rose/a.jpg"}
     deep_channels = channels | {"number": 4, "channels": 3, "sheets": [deep]}
+    training = write_sheet(folder, "training.png", 11, 4, 2)
     for file in ("strip.jpg", "first.png", "training_curves.png"):
         write_sheet(folder, file, 9, 1, 1)
     return {
-        "format": 2,
+        "format": 4,
         "lead": ["It learnt 3 classes.", "It names 5 of 8 right."],
         "warnings": ["⚠ Only 2 photos of a class."],
         "command": "python model_training_and_visualization.py --epochs 2",
@@ -203,7 +214,16 @@ def write_run(folder):
             ["tulip", *COUNTS[2], "1.00"],
             ["precision", "0.67", "0.33", "0.99", ""],
         ],
+        "reliability": {"error": 0.123, "bins": BINS},
+        "predictions": {"file": "predictions.csv"},
         "photo_count": 9,
+        "places": 2,
+        "training": {
+            "count": 12,
+            "sheet": training,
+            "names": TRAINING,
+            "like": [LIKE.get(number, []) for number in range(9)],
+        },
         "photos": photos,
         "thumbnails": thumbnails,
         "photo_sheets": photo_sheets,
@@ -212,8 +232,13 @@ def write_run(folder):
         "filters": [filters, deeper],
         "channels": [channels, deep_channels],
         "pictures": [
-            {"file": "first.png", "caption": "The first picture"},
-            {"file": "training_curves.png", "caption": "Loss of 2 epochs"},
+            {"file": "first.png", "caption": "The first picture", "width": 40, "height": 40},
+            {
+                "file": "training_curves.png",
+                "caption": "Loss of 2 epochs",
+                "width": 300,
+                "height": 100,
+            },
         ],
     }
 
@@ -412,14 +437,21 @@ def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
         current = page.each("#thumbnails [aria-current=true] .tile", "ariaLabel")
         assert [label.split(":")[0] for label in current] == [name]
         assert address(page)["photo"] == str(number)
-        assert page.text("#worth") == ("Better for rose by 0.12." if number == 0 else "")
+        if number == 0:
+            assert page.text("#worth") == "Better for rose by 0.12."
+        else:
+            assert "first 2 photos only" in page.text("#worth")
 
 
-def test_only_classes_with_a_heatmap_can_be_chosen(visit):
+def test_a_class_without_a_heatmap_says_so_when_it_is_chosen(visit):
     page = visit("photo=0")
     facts = [page.each("#bars input", what) for what in ("value", "disabled", "checked")]
     # The predicted class is always shown; the others are compared with it.
-    assert facts == [["rose", "daisy", "tulip"], [True, False, True], [False, True, False]]
+    assert facts == [["rose", "daisy", "tulip"], [True, False, False], [False, True, False]]
+    page.click("#bars input[value=tulip]")
+    assert "no heatmap of this photo for tulip: daisy is shown" in page.text("#word")
+    assert page.eval("document.querySelector('#bars :checked').value") == "daisy"
+    assert address(page)["class"] == "daisy"
 
 
 # ---- Its heatmap ---------------------------------------------------------------------------------
@@ -572,6 +604,135 @@ def test_blocks_are_those_that_the_photo_has(visit):
     assert "of coarse" in page.text("#value")
 
 
+# ---- Covered places ------------------------------------------------------------------------------
+
+
+def bars(page):
+    return page.each("#bars progress", "value"), page.texts("#bars .number")
+
+
+def test_the_bars_move_while_a_place_is_covered(visit):
+    page = visit("photo=1")
+    before = bars(page)
+    assert before[1] == ["80\xa0%", "15\xa0%", "5\xa0%"]
+    frame = page.box("#photo .frame")
+    for place, (row, column) in ((1, (0, 1)), (2, (1, 0))):
+        page.point(f"#photo .positions span:nth-child({place + 1})")
+        shares, numbers = bars(page)
+        assert shares == pytest.approx([byte / 255 for byte in COVERED[place]])
+        assert numbers == [f"{round(byte / 2.55)}\xa0%" for byte in COVERED[place]]
+        frame = page.box("#photo .frame")
+        covered = shares_within(frame, page.box("#photo .covered"))
+        assert covered == pytest.approx([column / 2, row / 2, 0.5, 0.5], abs=0.01)
+        assert f"row {row + 1}, column {column + 1}" in page.text("#value")
+    page.point("h1")
+    assert bars(page) == before and page.eval("document.querySelector('.covered')") is None
+    page.eval("document.querySelector('#photo .positions span').focus()")
+    page.press("ArrowRight")
+    told = "row 1, column 2 of the photo: rose 80\xa0% → 20\xa0%; it says daisy, 70\xa0%"
+    assert page.text("#value") == f"Without {told}" and bars(page)[1][0] == "20\xa0%"
+    page.click("#thumbnails [aria-label^='daisy/c.jpg']")
+    assert bars(page)[1] == ["60\xa0%", "30\xa0%", "10\xa0%"]
+    assert "no places were blurred out" in page.text("#photo figcaption")
+
+
+def test_a_covered_place_is_blurred(visit, tmp_path):
+    page = visit("photo=1", lambda run: None)
+    sheet = np.array(Image.open(tmp_path / "photos_1.png"))
+    sheet[:40, 40:80] = 255  # the tile of the photo: white below black
+    sheet[:10, 40:80] = 0
+    Image.fromarray(sheet).save(tmp_path / "photos_1.png")
+    page.open(tmp_path / "index.html", "photo=1")
+    page.point("#photo .positions span")
+    left, top, width, height = page.box("#photo .frame")
+    picture = page.picture([left, top + page.eval("scrollY")], [width, height]).astype(int)
+    # Near the edge of black: left in the place that is covered, right beside it.
+    row, columns = int(0.22 * height), [int(width / 4), int(3 * width / 4)]
+    blurred, sharp = picture[row, columns, 0]
+    assert 60 < blurred < 200 and sharp < 30
+
+
+# ---- Training photos -----------------------------------------------------------------------------
+
+
+def test_the_training_photos_that_a_photo_is_most_like_are_shown_by_class(visit):
+    page = visit("photo=1")
+    assert page.texts("#like figcaption") == [
+        "Of rose, the predicted class",
+        "Of daisy, the true class",
+    ]
+    colours = page.colours("#like .tile")
+    assert all(map(near, colours, [tile_colour(11, k) for k in (2, 0, 3)]))
+    rest = page.text("#likeness")
+    assert "12 training photos" in rest
+    page.point("#like .tile")
+    assert page.text("#likeness") == "rose/z.jpg: cosine 0.93"
+    page.point("h1")
+    assert page.text("#likeness") == rest
+    page = visit("photo=1", lambda run: run.update(training=None))
+    assert page.text("#likeness") == "" and page.texts("#like figcaption") == []
+
+
+# ---- The tour ------------------------------------------------------------------------------------
+
+
+def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
+    page = visit("photo=5&true=tulip")
+    page.click("#start")
+    assert page.eval("document.title").startswith(PHOTOS[1][0]) and len(listed(page)) == 8
+    assert address(page) == {"photo": "1", "class": "daisy", "tour": "1", "section": "photos"}
+    guessed = "['verdict', 'bars', 'predicted-map'].map((id) => getComputedStyle($(id)).visibility)"
+    assert page.eval(guessed) == ["hidden"] * 3
+    assert page.eval("getComputedStyle($('photo')).visibility") == "visible"
+    assert all(name in page.text("#question") for name in CLASSES)
+    answers = []
+    for step in range(1, 6):
+        assert page.text("#question").startswith(f"{step} of 5") and not page.eval(
+            "$('answer').open"
+        )
+        assert address(page)["tour"] == str(step)
+        page.click("#answer summary")
+        answers.append(page.text("#told"))
+        if step == 1:
+            assert page.eval(guessed) == ["visible"] * 3
+        if step == 4:
+            # Row 2, column 2 of coarse has its middle at 0.8 down and 0.45 across.
+            assert bars(page)[1][0] == "40\xa0%"
+            place = shares_within(page.box("#photo .frame"), page.box("#photo .covered"))
+            assert place == pytest.approx([0, 0.5, 0.5, 0.5], abs=0.01)
+        if step < 5:
+            page.click("#step-on")
+    assert answers[0].startswith("It says rose, 80\xa0%; it is daisy")
+    assert answers[1] == (
+        "It is highest for rose: 2.5 at row 2, column 2 of coarse. A guess for daisy: 0.34."
+    )
+    assert "rose: up to 2.5 at row 2, column 2" in answers[2]
+    assert "daisy: down to −2 at row 1, column 3" in answers[2]
+    assert "row 2, column 1 of the photo: rose 80\xa0% → 40\xa0%." in answers[3]
+    assert "rose/z.jpg: cosine 0.93" in answers[4] and "daisy/w.jpg: cosine 0.5" in answers[4]
+    page.click("#tour [href='#tour=']")
+    assert not page.eval("$('tour').checkVisibility()") and "tour" not in address(page)
+    assert bars(page)[1][0] == "80\xa0%" and shown(page) == PHOTOS[1][0]
+
+
+def test_without_mistakes_the_tour_takes_the_least_sure_photo_and_what_there_is(visit):
+    def right(run):
+        run["photos"] = run["photos"][:1] + run["photos"][4:6]
+        for number, entry in enumerate(run["photos"]):
+            entry["number"] = number
+            del entry["heatmaps"][1:]
+        run.update(filters=[], channels=[], training=None)
+
+    page = visit("", right)
+    page.click("#start")
+    assert page.eval("document.title").startswith("tulip/e.jpg")
+    for _ in range(4):
+        page.click("#step-on")
+        page.click("#answer summary")
+        assert len(page.text("#told")) > 20
+        assert "undefined" not in page.text("#tour") and "NaN" not in page.text("#tour")
+
+
 # ---- Filters -------------------------------------------------------------------------------------
 
 
@@ -626,6 +787,7 @@ def test_a_filter_is_shown_beside_what_fires_it(visit, k):
     figures = page.texts("#parts figcaption")
     assert "conv_5" in figures[0]
     assert "rose/a.jpg" in figures[1] and f": {PEAKS[0][k]:g} " in figures[1]
+    assert f"of up to {PATCHES[k][0][3]:g}." in figures[1]
     assert f" {PATCHES[k][0][3]:g}," in figures[2]
     # The whole tile, and nothing of what lies around it.
     for down, across in ((0.5, 0.5), (0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.97, 0.97)):
@@ -744,6 +906,8 @@ def test_filters_stand_in_the_order_that_is_chosen(visit):
         page.click(f"#thumbnails [aria-label^='{PHOTOS[number][0]}']")
         assert filters_in_order(page) == expected
         assert ("no activations" in page.text("#sorted")) == (number >= 2)
+    page.choose("#sort", "selectivity")
+    assert filters_in_order(page) == [1, 3, 0, 2]
     page.choose("#sort", "")
     assert filters_in_order(page) == [0, 1, 2, 3] and page.text("#sorted") == ""
     assert address(page)["section"] == "filters"
@@ -938,6 +1102,33 @@ def test_a_page_without_its_run_says_what_is_missing(browser, tmp_path):
     shutil.copy(PAGE, tmp_path)
     browser.open(tmp_path / "index.html")
     assert "run.js is missing" in browser.text("#lead")
+
+
+def test_a_run_of_another_format_is_said_to_be_so(browser, site, tmp_path):
+    shutil.copy(PAGE, tmp_path)
+    write_script(tmp_path, site[1] | {"format": 3})
+    browser.open(tmp_path / "index.html")
+    assert "format 3" in browser.text("#lead") and "--skip-training" in browser.text("#lead")
+    assert not browser.eval("document.querySelector('#thumbnails').checkVisibility()")
+
+
+def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
+    page = visit()
+    rows = [row.split() for row in page.texts("#bins tr")][1:]
+    assert rows == [
+        ["50–67", "%", "1", "of", "1,", "100", "%", "40", "%"],
+        ["67–83", "%", "1", "of", "3,", "33", "%", "60", "%"],
+        ["83–100", "%", "4", "of", "4,", "100", "%", "93", "%"],
+    ]
+    boxes = page.boxes("#bins .count")
+    assert [box[2] / boxes[2][2] for box in boxes] == pytest.approx([0.25, 0.75, 1], abs=0.01)
+    assert "0.123" in page.text("#calibration") and "6 bins" in page.text("#calibration")
+    page.eval("$('reliability').scrollIntoView()")
+    page.settle()
+    _, full, _ = page.colours("#bins .count", 0.5, 0.2)
+    _, empty, _ = page.colours("#bins .count", 0.5, 0.6)
+    assert near(full, (154, 52, 18)) and near(empty, (250, 248, 244))
+    assert page.eval("$('table').href.split('/').at(-1)") == "predictions.csv"
 
 
 HOSTILE = ['"ro\'se"', "</script><b>x", "$x$ & `y`\n\u2028z"]
@@ -1237,11 +1428,14 @@ def test_numbers_stand_in_one_line_and_pictures_keep_their_place(visit, browser)
         assert page.eval("document.documentElement.scrollWidth") == 390
     finally:
         browser.resize(*WINDOW)
-    # Their files are squares.
     page = visit()
-    for picture, ratio in (("#strip", 1611 / 433), ("#curves img", 1311 / 511)):
-        _, _, width, height = page.box(picture)
-        assert width / height == pytest.approx(ratio, rel=0.01)
+    _, _, width, height = page.box("#strip")  # its file is a square
+    assert width / height == pytest.approx(1611 / 433, rel=0.01)
+    sizes = page.eval(
+        "[...document.querySelectorAll('#curves img, #pictures img')].map((it) =>"
+        "[it.getAttribute('width'), it.getAttribute('height')])"
+    )
+    assert sorted(sizes) == [["300", "100"], ["40", "40"]]
 
 
 def test_the_gallery_is_a_list_that_opens(visit):

@@ -147,11 +147,16 @@ def test_a_filter_is_selective_where_five_photos_stand_out_not_where_one_does():
 
 
 @pytest.mark.parametrize(
-    ("without_hottest", "without_central", "judgement"),
-    [(0.2, 0.5, "Better"), (0.5, 0.2, "No better"), (0.495, 0.5, "The same")],
+    ("without_hottest", "without_central", "judgement", "digits"),
+    [
+        (0.2, 0.5, "Better", 2),
+        (0.5, 0.2, "No better", 2),
+        (0.495, 0.5, "The same", 2),
+        (0.498, 0.502, "The same", 3),
+    ],
 )
 def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
-    without_hottest, without_central, judgement
+    without_hottest, without_central, judgement, digits
 ):
     maps = {"maps": {k: np.ones((2, 2), "float32") for k in range(2)}}
     explanation = study.Explanation(
@@ -166,6 +171,6 @@ def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
     )
     words = study.deletion_caption(explanation)
     assert judgement in words and "daisy" in words
-    numbers = [f"{value:.2f}" for value in (0.9, without_hottest, without_central)]
+    numbers = [f"{value:.{digits}f}" for value in (0.9, without_hottest, without_central)]
     places = [words.index(number) for number in dict.fromkeys(numbers)]
     assert places == sorted(places)

@@ -34,6 +34,6 @@ def test_every_picture_of_the_readme_is_there_and_every_committed_picture_is_sho
     there = {path.name for path in (ROOT / "Images").iterdir()}
     assert shown <= there
     # The page shows all of a run's pictures; its own sheets need no place in the README.
-    pattern = re.compile(r"(photos(_\d+)?\.|conv2d_\d+_maps|index|run|strip)")
+    pattern = re.compile(r"(photos(_\w+)?\.|conv2d_\d+_maps|index|predictions|run|strip)")
     of_page = {name for name in there if pattern.match(name)}
     assert there - of_page <= shown
