@@ -1187,6 +1187,7 @@ def test_options_have_the_values_that_the_readme_promises():
     expected |= {"weights": "imagenet", "epochs": 10, "batch_size": 32, "image_size": 299}
     expected |= {"freeze_below": "mixed2", "learning_rate": None, "seed": 0, "photos": []}
     expected |= {"skip_training": False, "mixed_precision": False, "resume": False, "quick": False}
+    expected |= {"pixels": "0..255", "balance": False}
     assert vars(study.parse_options([])) == expected
     least = ["--epochs", "1", "--image-size", "75", "--seed", "4294967295", "--skip-training"]
     options = study.parse_options([*least, "--model", "my.h5", "--photos", "a.jpg", "b.jpg"])
