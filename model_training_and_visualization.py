@@ -44,13 +44,13 @@ from typing import NamedTuple
 
 from create_train_val_test import (
     BUILDING,
-    PHOTO_SUFFIXES,
     SPLITS,
     Stop,
     beside_this_script,
     class_folders,
     cores,
     is_hidden,
+    is_photo,
     locked,
     map_photos,
     pasteable,
@@ -379,7 +379,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
 
 def _photo_files(folder):
     """The sorted paths of the photos in a folder and its visible subfolders."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    files = filter(is_photo, folder.rglob("*"))
     return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
