@@ -1284,7 +1284,7 @@ def test_few_photos_and_weights_that_must_be_downloaded_are_mentioned(
     *_, daisy, rose, few, weights, _ = capsys.readouterr().out.splitlines()
     assert daisy.split() == ["daisy", "44", "9", "11", "1"]  # int(0.15 × 64), int(0.2 × 55)
     assert rose.split() == ["rose", "55", "12", "13", "0"]
-    assert "Only 9 of daisy in validation" in few and "--weights none" in weights
+    assert "Only 9 of daisy in validation" in few and "--quick" in weights
 
 
 @posix_only
