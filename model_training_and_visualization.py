@@ -1632,6 +1632,31 @@ def place_heatmap(heatmap, field, size):
     )
 
 
+def heatmap_of_all_blocks(model, photo, class_index):
+    """A finer heatmap of a class, from all blocks of a model: (height, width) float32, 0 to 1.
+
+    model: a Keras model or a Network, whose input size the heatmap has. photo: (height, width, 3)
+    RGB, 0–255, of any size. The mean of each block's HiResCAM, gradient times activation position
+    by position (Draelos and Carin, 2020), cut at 0, divided by its peak, and laid where the block's
+    positions look. The early blocks add outlines, the last ones what they belong to.
+    """
+    network = network_of(model)
+    batch = network.as_batch(photo)
+    with tf.GradientTape() as tape:
+        tape.watch(batch)
+        *features, logits = network.compute(batch, [*network.heatmap_layers, LOGITS])
+        logit = logits[0, class_index]
+    gradients = tape.gradient(logit, features, unconnected_gradients="zero")
+    placed = []
+    for name, feature_maps, gradient in zip(
+        network.heatmap_layers, features, gradients, strict=True
+    ):
+        heatmap = np.maximum(0, tf.reduce_sum(feature_maps * gradient, axis=-1)[0].numpy())
+        share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
+        placed.append(place_heatmap(share, field, network.input_size))
+    return np.mean(placed, axis=0)
+
+
 class Deletion(NamedTuple):
     """The probability of a class for a photo as it is, and without a part of it.
 
@@ -1643,15 +1668,21 @@ class Deletion(NamedTuple):
     without_central: float  # the control: a part of the same size in the middle
 
 
-def deletion_of(network, explanation, predict=None):
-    """The Deletion of the heatmap of an Explanation. predict: see probabilities_without."""
+def deletions_of(network, explanation, predict=None):
+    """The Deletion of a photo's heatmap, and that of its heatmap of all blocks, where it has one.
+
+    predict: see probabilities_without.
+    """
     size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
-    hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
-    central = top_fraction(centred_blob(size))
-    masks, predict = [hottest, central], predict or network.probabilities
-    without = probabilities_without(predict, [explanation.pixels] * 2, masks)
-    of_class = [explanation.probabilities, *without]
-    return Deletion(*(float(it[explanation.class_index]) for it in of_class))
+    heatmaps = [centred_blob(size), place_heatmap(explanation.heatmap, field, size)]
+    if explanation.of_all_blocks is not None:
+        heatmaps.append(explanation.of_all_blocks)
+    masks, predict = list(map(top_fraction, heatmaps)), predict or network.probabilities
+    without = probabilities_without(predict, [explanation.pixels] * len(masks), masks)
+    before, central, *hottest = (
+        float(it[explanation.class_index]) for it in [explanation.probabilities, *without]
+    )
+    return [Deletion(before, of_heatmap, central) for of_heatmap in hottest]
 
 
 def probabilities_without(predict, photos, masks):
@@ -1718,7 +1749,8 @@ class Explanation:
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
     uncut: dict
-    deletion: Deletion | None = None  # of the heatmap; None where it is empty
+    of_all_blocks: np.ndarray | None = None  # see heatmap_of_all_blocks; None where not asked for
+    deletions: tuple = ()  # of the heatmap, and of that of all blocks; none where it is empty
     is_multi_label: bool = False
 
     @property
@@ -1825,12 +1857,13 @@ def verdict(class_names, probabilities, true_index, is_multi_label=False):
     return f"{said}; its class is {class_names[true_index]}, {share}"
 
 
-def deletion_caption(explanation):
-    """The Deletion of the heatmap, in words."""
+def deletion_caption(explanation, number=0):
+    """A Deletion in words, that of the heatmap, or that of its number among the deletions."""
     name = explanation.class_name
-    if explanation.deletion is None:
+    if not explanation.deletions:
         return f"Nothing speaks for {name}: the heatmap is empty."
-    before, without_hottest, without_central = explanation.deletion
+    deletion = explanation.deletions[number]
+    _, without_hottest, without_central = deletion
     # A heatmap is worth something if more is lost with what it marks than with the middle.
     judgement = "No better than a guess here."
     if without_hottest < without_central - DELETION_MARGIN:
@@ -1840,7 +1873,7 @@ def deletion_caption(explanation):
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
     # A third digit where two would hide which of them is lower.
     digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
-    before, hottest, central = (f"{it:.{digits}f}" for it in explanation.deletion)
+    before, hottest, central = (f"{it:.{digits}f}" for it in deletion)
     return (
         f"Without the hottest {part}: P({name}) {before} → {hottest}; "
         f"without a central {part}: {central}. {judgement}"
@@ -1855,6 +1888,8 @@ def draw_heatmaps(output, network, explanations):
     for number, explanation in enumerate(explanations, start=1):
         heatmap, name = explanation.heatmap, explanation.class_name
         caption = f"{explanation.name}: {explanation.verdict}.\n{deletion_caption(explanation)}"
+        if len(explanation.deletions) > 1:
+            caption += f"\nBy all blocks: {deletion_caption(explanation, 1)}"
         height, width = heatmap.shape
         panels = [
             Panel(explanation, "the photo"),
@@ -1868,6 +1903,11 @@ def draw_heatmaps(output, network, explanations):
             Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
         ]
         norm = Normalize(0, heatmap.max() or 1)
+        if explanation.of_all_blocks is not None:
+            share = explanation.of_all_blocks / (explanation.of_all_blocks.max() or 1)
+            title = "HiResCAM of all blocks,\nas a share of its peak"
+            every_pixel = ReceptiveField((0, 0), (1, 1), (1, 1))
+            panels.append(Panel(explanation, title, norm.vmax * share, every_pixel))
         dpi = np.clip(explanation.photo.shape[1] / 3.7, 100, 300)  # the photo's own resolution
         label = f"at {layer}; 0: nothing for {name}"
         save_panels(output / f"CAM_{number}.jpeg", [panels], caption, label, norm, dpi=dpi)
@@ -2480,11 +2520,13 @@ def _explain_photos(survey, numbers, at_once=2):
                 for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
             }
             photo = network.read_photo(survey.paths[number])
-            explained[number] = _explanation(survey, number, photo, photos[row], uncut)
+            explained[number] = _explanation(
+                survey, number, photo, photos[row], uncut, by_all_blocks=True
+            )
     return explained
 
 
-def _explanation(survey, number, photo, pixels, uncut):
+def _explanation(survey, number, photo, pixels, uncut, by_all_blocks=False):
     """The Explanation of a photo of a survey, with the deletion score of its heatmap.
 
     uncut: see Explanation; at the last layer all classes of the survey are added.
@@ -2505,8 +2547,11 @@ def _explanation(survey, number, photo, pixels, uncut):
     )
     if not explanation.heatmap.any():
         return explanation
-    deletion = deletion_of(survey.network, explanation, survey.predict)
-    return replace(explanation, deletion=deletion)
+    if by_all_blocks:
+        heatmap = heatmap_of_all_blocks(survey.network, pixels, explanation.class_index)
+        explanation = replace(explanation, of_all_blocks=heatmap)
+    deletions = deletions_of(survey.network, explanation, survey.predict)
+    return replace(explanation, deletions=tuple(deletions))
 
 
 def draw_survey(
