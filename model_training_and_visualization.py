@@ -1038,9 +1038,8 @@ def reliability(evaluation):
     sum of their confidences, and how many of them are right. A bin holds its upper end.
     """
     confidence = evaluation.probabilities.max(1).astype(float)
-    is_right = evaluation.correct
     bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
-    columns = np.column_stack([np.ones(len(bins)), confidence, is_right])
+    columns = np.column_stack([np.ones(len(bins)), confidence, evaluation.correct])
     sums = np.zeros((CONFIDENCE_BINS, 3))
     np.add.at(sums, bins, columns)
     return sums
@@ -2454,8 +2453,8 @@ def draw_survey(
     with Progress() as progress:
         patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
-        nearest = nearest_photos(survey, training, seed) if training else None
-        draw_page(output, survey, explained, pictures, record, command, progress, nearest)
+        likest = nearest_photos(survey, training, seed) if training else None
+        draw_page(output, survey, explained, pictures, record, command, progress, likest)
 
 
 def explain_chosen(survey):
@@ -3726,12 +3725,8 @@ def _reliability_entry(evaluation):
 
 
 def save_predictions(path, survey):
-    """Write a table of all photos for spreadsheets: file, classes, and a probability a class.
-
-    A multi-label model may predict several classes of a photo, or none.
-    """
+    """Write a table of all photos for spreadsheets: file, classes, and a probability a class."""
     names = [printable(name) for name in survey.class_names]
-    predicted = predicted_classes(survey.probabilities, survey.network.is_multi_label)
     true = ["" if label < 0 else names[label] for label in survey.labels]
     # With a mark in front, by which a spreadsheet knows UTF-8.
     encoding = {"encoding": "utf-8-sig", "newline": ""}
@@ -3739,8 +3734,7 @@ def save_predictions(path, survey):
         writer = csv.writer(file)
         writer.writerow(map(_cell, ["file", "true class", "predicted class", *names]))
         for number, probabilities in enumerate(survey.probabilities):
-            said = ", ".join(names[k] for k in np.flatnonzero(predicted[number]))
-            texts = [survey.name(number), true[number], said]
+            texts = [survey.name(number), true[number], names[probabilities.argmax()]]
             writer.writerow([*map(_cell, texts), *(f"{it:.4f}" for it in probabilities)])
 
 
