@@ -2453,8 +2453,8 @@ def draw_survey(
     with Progress() as progress:
         patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
-        likest = nearest_photos(survey, training, seed) if training else None
-        draw_page(output, survey, explained, pictures, record, command, progress, likest)
+        nearest = nearest_photos(survey, training, seed) if training else None
+        draw_page(output, survey, explained, pictures, record, command, progress, nearest)
 
 
 def explain_chosen(survey):
@@ -3725,8 +3725,12 @@ def _reliability_entry(evaluation):
 
 
 def save_predictions(path, survey):
-    """Write a table of all photos for spreadsheets: file, classes, and a probability a class."""
+    """Write a table of all photos for spreadsheets: file, classes, and a probability a class.
+
+    A multi-label model may predict several classes of a photo, or none.
+    """
     names = [printable(name) for name in survey.class_names]
+    predicted = predicted_classes(survey.probabilities, survey.network.is_multi_label)
     true = ["" if label < 0 else names[label] for label in survey.labels]
     # With a mark in front, by which a spreadsheet knows UTF-8.
     encoding = {"encoding": "utf-8-sig", "newline": ""}
@@ -3734,7 +3738,8 @@ def save_predictions(path, survey):
         writer = csv.writer(file)
         writer.writerow(map(_cell, ["file", "true class", "predicted class", *names]))
         for number, probabilities in enumerate(survey.probabilities):
-            texts = [survey.name(number), true[number], names[probabilities.argmax()]]
+            said = ", ".join(names[k] for k in np.flatnonzero(predicted[number]))
+            texts = [survey.name(number), true[number], said]
             writer.writerow([*map(_cell, texts), *(f"{it:.4f}" for it in probabilities)])
 
 
