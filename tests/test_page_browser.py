@@ -386,6 +386,17 @@ def test_classes_choose_the_photos_of_the_list(visit):
     assert page.each("#true option", "text") == ["any", *CLASSES]
 
 
+def test_where_each_class_is_told_by_itself_all_from_a_half_up_are_predicted(visit):
+    def change(run):
+        run["multi_label"] = True
+        run["photos"][3]["probabilities"][1][1] = 0.6  # rose, beside daisy's 0.696
+
+    page = visit("predicted=rose", change)
+    assert listed(page) == names([1, 3, 2, 0])
+    page.choose("#predicted", "daisy")
+    assert listed(page) == names([3])  # of photo 7 daisy is the most probable class, at 0.4
+
+
 def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
     page = visit()
     rows = page.eval(
