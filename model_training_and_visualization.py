@@ -1038,9 +1038,8 @@ def reliability(evaluation):
     sum of their confidences, and how many of them are right. A bin holds its upper end.
     """
     confidence = evaluation.probabilities.max(1).astype(float)
-    is_right = evaluation.predicted == evaluation.labels
     bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
-    columns = np.column_stack([np.ones(len(bins)), confidence, is_right])
+    columns = np.column_stack([np.ones(len(bins)), confidence, evaluation.correct])
     sums = np.zeros((CONFIDENCE_BINS, 3))
     np.add.at(sums, bins, columns)
     return sums
