@@ -116,6 +116,12 @@ LIKE = {1: [[1, [[2, 0.93], [0, 0.91]]], [0, [[3, 0.5]]]], 6: [[2, [[1, 0.999]]]
 TRAINING = ["rose/x.jpg", "tulip/y.jpg", "rose/z.jpg", "daisy/w.jpg"]
 # Bins of confidence: photos, their mean confidence, how many are right.
 BINS = [[0, 0, 0]] * 3 + [[1, 0.4, 1], [3, 0.6, 1], [4, 0.925, 4]]
+# For each concept its photos, strongest first, and [class, part, fall of the logit].
+CONCEPTS = [
+    {"photos": [3, 0, 8], "classes": [[1, 0.62, 4.5], [2, 0.3, 1.25]]},
+    {"photos": [1, 2], "classes": []},
+]
+LIT = [[[255, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 255]]]  # where each lies, on all photos
 COLOURS = [f"#{k:02x}{k // 2:02x}{255 - k:02x}" for k in range(256)]
 
 
@@ -153,6 +159,11 @@ def write_run(folder):
                 "confidence": probabilities[0][1],
                 "doubt": doubt,
                 "probabilities": probabilities,
+                "concepts": {
+                    "maps": [encoded(rows) for rows in LIT],
+                    "peaks": [2.0, 1.0],
+                    "parts": [[k, [[k % 2, 0.7], [1 - k % 2, 0.2]]] for k in range(3)],
+                },
                 "heatmaps": [
                     heatmap(best, (1.5, DAISY)),
                     heatmap(probabilities[1][0], (0.75, ROSE)),
@@ -218,6 +229,10 @@ def write_run(folder):
         "predictions": {"file": "predictions.csv"},
         "photo_count": 9,
         "places": 2,
+        "concepts": {
+            "truth": "2 concepts; with them alone 96 % keep their class",
+            "found": CONCEPTS,
+        },
         "training": {
             "count": 12,
             "sheet": training,
@@ -288,6 +303,68 @@ def visit(browser, site, tmp_path):
 
     yield open_page
     assert browser.problems == []
+
+
+# ---- Concepts ------------------------------------------------------------------------------------
+
+
+def test_the_evidence_for_both_classes_is_told_concept_by_concept(visit):
+    page = visit("photo=0")  # it says rose; compared with daisy
+    told = [facts(text) for text in page.each("#evidence a", "ariaLabel")]
+    assert told == [
+        ["1", "70", "rose"],
+        ["0", "20", "rose"],
+        ["0", "70", "daisy"],
+        ["1", "20", "daisy"],
+    ]
+    widths = [box[2] for box in page.boxes("#evidence > :nth-child(1) a")]
+    assert widths[0] > 1.5 * widths[1]
+    page.point('#evidence a[href="#concept=0"]')
+    assert facts(page.text("#evidence-text")) == ["0", "20", "rose"]
+
+
+def test_a_concept_is_lit_on_the_photo_and_leads_to_those_that_hold_most_of_it(visit):
+    page = visit("photo=0")
+    assert page.eval("document.querySelector('#concept').hidden")
+    page.click('#evidence a[href="#concept=0"]')
+    assert address(page)["concept"] == "0" and address(page)["photo"] == "0"
+    told = page.text("#concept-text")
+    assert facts(told) == ["0", "rose", "62", "4.5", "tulip", "30", "1.25"]
+    # Photo 3, 0 itself not again, and 8, which cannot be chosen.
+    assert page.each("#lit [role=img]", "ariaLabel") == names([0, 3, 8])
+    assert page.each("#lit a", "hash") == ["#photo=3"]
+    # Bright in the first row and column, dark in the last ones.
+    every = "[...document.querySelectorAll('#lit canvas')]"
+    data = page.eval(f"{every}.map((it) => [...it.getContext('2d').getImageData(0, 0, 5, 4).data])")
+    for pixels in data:
+        shade = np.array(pixels).reshape(4, 5, 4)[..., 3]
+        assert shade[1, 1] == 0 and shade[2, 3] == shade[0, 0] == pytest.approx(217, abs=2)
+    page.click("#lit a")
+    assert shown(page) == "rose/d.jpg" and address(page)["concept"] == "0"
+    assert page.each("#lit [role=img]", "ariaLabel") == names([3, 0, 8])
+    page.click('#evidence a[href="#concept="]')
+    assert "concept" not in address(page)
+
+
+def test_all_concepts_are_listed_with_their_classes_and_photos(visit):
+    page = visit("concepts")
+    assert "96" in facts(page.text("#truth"))
+    assert len(page.texts("#all-concepts figure")) == 2
+    assert page.each("#all-concepts [role=img]", "ariaLabel") == names([3, 0, 8, 1, 2])
+    page.click('#all-concepts a[href="#concept=1"]')
+    assert address(page)["concept"] == "1" and facts(page.text("#concept-text")) == ["1"]
+
+
+def test_a_run_without_concepts_has_no_section_for_them(visit):
+    def take_away(run):
+        run["concepts"] = {"truth": "0 concepts", "found": []}
+        for entry in run["photos"]:
+            entry["concepts"] = {"maps": [], "peaks": [], "parts": [[k, []] for k in range(3)]}
+
+    page = visit("photo=0&concept=1", take_away)
+    assert page.eval("document.querySelector('#concepts').hidden")
+    assert page.eval("document.querySelector('#concept').hidden")
+    assert page.each("#evidence a", "hash") == [] and "concept=1" in page.text("#word")
 
 
 # ---- What is seen --------------------------------------------------------------------------------
