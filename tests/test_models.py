@@ -349,6 +349,26 @@ def test_layers_of_one_name_in_a_model_and_its_base_are_told_apart():
         assert sheet.shape == (100, 100 * convolution.channels, 3)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"groups": 6, "padding": "same", "activation": "gelu"},
+        {"groups": 6, "strides": 2},
+        {"groups": 6, "strides": (1, 2), "use_bias": False},
+        {"groups": 3, "strides": 2, "padding": "same"},
+        {"groups": 2, "dilation_rate": 2, "activation": "relu"},
+    ],
+)
+def test_convolutions_in_groups_are_those_of_keras(settings):
+    photo = keras.Input((24, 24, 3))
+    maps = layers.Conv2D(6, 1)(photo / 255)
+    maps = layers.Conv2D(12, 3, bias_initializer="normal", name="grouped", **settings)(maps)
+    head = layers.Dense(2, activation="softmax")
+    model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(maps)))
+    (ours,) = study.Network(model).activations(photos(24, 24), ["grouped"])
+    np.testing.assert_allclose(ours, keras.Model(photo, maps)(photos(24, 24)), atol=1e-5)
+
+
 def description(model):
     """All that makes a model what it is: configuration, names, what learns, and weights."""
     inner = [layer for layer in model.layers if isinstance(layer, keras.Model)]

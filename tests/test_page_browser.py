@@ -386,6 +386,17 @@ def test_classes_choose_the_photos_of_the_list(visit):
     assert page.each("#true option", "text") == ["any", *CLASSES]
 
 
+def test_where_each_class_is_told_by_itself_all_from_a_half_up_are_predicted(visit):
+    def change(run):
+        run["multi_label"] = True
+        run["photos"][3]["probabilities"][1][1] = 0.6  # rose, beside daisy's 0.696
+
+    page = visit("predicted=rose", change)
+    assert listed(page) == names([1, 3, 2, 0])
+    page.choose("#predicted", "daisy")
+    assert listed(page) == names([3])  # of photo 7 daisy is the most probable class, at 0.4
+
+
 def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
     page = visit()
     rows = page.eval(
@@ -1123,12 +1134,16 @@ def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
     boxes = page.boxes("#bins .count")
     assert [box[2] / boxes[2][2] for box in boxes] == pytest.approx([0.25, 0.75, 1], abs=0.01)
     assert "0.123" in page.text("#calibration") and "6 bins" in page.text("#calibration")
+    page.eval("document.querySelectorAll('img').forEach((it) => { it.loading = 'eager'; })")
+    page.wait("[...document.images].every((it) => it.complete)")  # nothing moves any more
     page.eval("$('reliability').scrollIntoView()")
-    page.settle()
     _, full, _ = page.colours("#bins .count", 0.5, 0.2)
     _, empty, _ = page.colours("#bins .count", 0.5, 0.6)
     assert near(full, (154, 52, 18)) and near(empty, (250, 248, 244))
     assert page.eval("$('table').href.split('/').at(-1)") == "predictions.csv"
+    page = visit(change=lambda run: run.update(reliability=None))
+    assert not page.eval("$('reliability').checkVisibility()")
+    assert page.eval("$('table').checkVisibility()")
 
 
 HOSTILE = ['"ro\'se"', "</script><b>x", "$x$ & `y`\n\u2028z"]
