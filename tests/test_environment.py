@@ -47,7 +47,7 @@ def draw_saved(folder, monkeypatch, *arguments, **pattern_settings):
 
 
 def pictures(folder):
-    files = [path for path in folder.iterdir() if path.suffix not in (".html", ".js")]
+    files = [path for path in folder.iterdir() if path.suffix not in (".html", ".js", ".csv")]
     return {path.name: np.asarray(Image.open(path).convert("RGB"), int) for path in files}
 
 
