@@ -207,8 +207,8 @@ def _examine(photo, source):
     try:
         if any(map(is_hidden, Path(photo.source).parts)):
             raise ValueError("is hidden")
-        if path.suffix.lower() not in PHOTO_SUFFIXES and path.is_file():
-            raise ValueError(f"is of type {path.suffix or 'none'}, which no photo has")
+        if path.is_file() and not is_photo(path):
+            raise ValueError(f"is of type {path.suffix or 'none'} and holds no photo")
         data = _read_bytes(path)
         photo.sha256 = hashlib.sha256(data).hexdigest()
         grey, photo.note = decode(data, at_least=2 * THUMBNAIL, mode="L")
@@ -510,11 +510,7 @@ def only_run_in(output):
             try:
                 yield output / BUILDING
             finally:
-                try:
-                    _move_into_place(output)
-                except BaseException:  # Ctrl-C between two moves: first the rest of them
-                    _move_into_place(output)
-                    raise
+                _move_into_place(output)
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # it holds the split
@@ -551,15 +547,16 @@ def _move_into_place(output):
     Clears up all else that is left of a run.
     """
     building, old = output / BUILDING, output / BUILDING / "old"
-    if (building / "split.csv").exists():
-        old.mkdir(exist_ok=True)
-        waiting = [name for name in RESULTS if (building / name).exists()]
-        for name in waiting:
-            if os.path.lexists(output / name):
-                (output / name).rename(old / name)
-        for name in waiting:
-            (building / name).rename(output / name)
-    shutil.rmtree(building, ignore_errors=True)
+    with ctrl_c_waits():
+        if (building / "split.csv").exists():
+            old.mkdir(exist_ok=True)
+            waiting = [name for name in RESULTS if (building / name).exists()]
+            for name in waiting:
+                if os.path.lexists(output / name):
+                    (output / name).rename(old / name)
+            for name in waiting:
+                (building / name).rename(output / name)
+        shutil.rmtree(building, ignore_errors=True)
 
 
 # ---- A split that others made --------------------------------------------------------------------
@@ -773,6 +770,24 @@ def _unwound_by_sigterm():
             signal.signal(signal.SIGTERM, before)  # as the process of a notebook lives on
 
 
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """Put Ctrl-C and SIGTERM off to the end of the block, which must not be left half done."""
+    if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
+        yield
+        return
+    came = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)  # none if no Python code has set it
+    for number in came[:1]:
+        signal.raise_signal(number)
+
+
 def beside_this_script(name):
     """The path of a file in this script's folder, as short as a shell in this place takes it."""
     path = Path(__file__).parent / name
@@ -804,17 +819,19 @@ def map_photos(photos, function, description):
             results = track(results, description, len(photos), console=Console(stderr=True))
         yield from results
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
+        with ctrl_c_waits():  # a second one would leave threads that write into what is cleared
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C only the photos in work are finished
 
 
 # ---- What both scripts share: photos -------------------------------------------------------------
 
 # The still pictures that Pillow decodes without starting another program. What is inside counts,
-# whatever the suffix says: web photos often carry a wrong one.
-PHOTO_FORMATS = (
-    *("JPEG", "PNG", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "GIF"),
-    *("JPEG2000", "TGA", "QOI", "ICO", "PCX", "SGI"),
-)
+# whatever the suffix says: web photos often carry a wrong one, or none.
+KNOWN_BY_CONTENT = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "PPM", "JPEG2000", "QOI")
+# A camera's raw file is a TIFF too, of which Pillow would see a stamp; the others have hardly
+# anything to be known by.
+KNOWN_BY_SUFFIX = ("TIFF", "DIB", "TGA", "ICO", "PCX", "SGI")
+PHOTO_FORMATS = KNOWN_BY_CONTENT + KNOWN_BY_SUFFIX
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
     *(".tif", ".tiff", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".tga", ".qoi", ".ico", ".pcx"),
@@ -830,6 +847,19 @@ PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 def is_hidden(name):
     """Whether a file or folder is not meant to be seen, such as .ipynb_checkpoints or __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
+
+
+def is_photo(path):
+    """Whether a file has the suffix of a photo, or else begins as one."""
+    if path.suffix.lower() in PHOTO_SUFFIXES:
+        return True
+    try:
+        if not path.is_file():  # a FIFO would keep its reader waiting
+            return False
+        with Image.open(path, formats=KNOWN_BY_CONTENT):
+            return True
+    except Exception:  # each of Pillow's decoders has its own ways to fail
+        return False
 
 
 def class_folders(folder):
@@ -933,9 +963,10 @@ def locked(path, message):
     try:
         yield
     finally:
-        if os.name != "nt":  # where the file goes with its handle
-            Path(path).unlink(missing_ok=True)
-        os.close(handle)
+        with ctrl_c_waits():
+            if os.name != "nt":  # where the file goes with its handle
+                Path(path).unlink(missing_ok=True)
+            os.close(handle)
 
 
 def _open_and_lock(path):
@@ -992,9 +1023,9 @@ def _remove_partial_files(path):
 # likely copies, as it takes a while.
 
 MIN_THUMBNAIL_CORRELATION = 0.84
-MIN_BLOCK_CORRELATION = 0.87
-# Of the blocks with detail, so many may differ all the same: a watermark covers some.
-DIFFERENT_BLOCKS = 0.2
+# Of the blocks with detail a share may differ, as a watermark covers some, and the others must
+# correlate: more closely where the pictures lie on each other as they are.
+IN_PLACE, ALIGNED = (0.27, 0.955), (0.2, 0.87)
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 2.0  # grey levels of 255 (standard deviation) of a block that has detail
 WHITE = 250  # from where a brighter copy may have lost its detail
@@ -1020,20 +1051,20 @@ def turned(pictures, turn):
 
 
 def without_frame(image):
-    """A picture without a frame of one colour around it."""
-    grey = np.asarray(image.convert("L"))
+    """A picture without a frame of one colour and about one width around it."""
+    top = np.asarray(image.crop((0, 0, image.width, 1)).convert("L"), np.int16)[0]
     # A few pixels of the frame may differ, as JPEG blurs the edge of the picture into it.
-    low, high = max(int(grey[0, 0]) - MAX_GRAIN, 0), min(int(grey[0, 0]) + MAX_GRAIN, 255)
-    if np.mean((grey[0] < low) | (grey[0] > high)) > 0.2:  # there is none, as mostly
+    if np.mean(np.abs(top - top[0]) > MAX_GRAIN) > 0.2:  # there is none, as mostly
         return image
-    is_picture = (grey < low) | (grey > high)
+    is_picture = np.abs(np.asarray(image.convert("L"), np.int16) - top[0]) > MAX_GRAIN
     rows, columns = (np.flatnonzero(is_picture.mean(axis=axis) > 0.2) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return image
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    is_frame = np.subtract(box, (0, 0, *image.size)) != 0
+    widths = np.abs(np.subtract(box, (0, 0, *image.size)))
     within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
-    return image.crop(tuple(map(int, box))) if is_frame.all() and within.all() else image
+    is_frame = 0 < widths.max() <= 3 * widths.min() and within.all()
+    return image.crop(tuple(map(int, box))) if is_frame else image
 
 
 def close_view(path):
@@ -1045,31 +1076,40 @@ def close_view(path):
 
 def align_thumbnails(one, other):
     """The map of _align for two thumbnails that agree when they are aligned, else None."""
-    warp = _align(one, other, np.eye(2, 3, dtype=np.float32))
-    if warp is None:
-        return None
     details = [_detail(grey, 0.55, 2) for grey in (one, other)]
-    inside = _moved(np.full_like(one, 255), warp) == 255
-    first, second = details[0][inside], _moved(details[1], warp)[inside]
-    return warp if _correlations(first, second) >= MIN_THUMBNAIL_CORRELATION else None
+
+    def agreement(warp):
+        inside = _moved(np.full_like(one, 255), warp) == 255
+        return _correlations(details[0][inside], _moved(details[1], warp)[inside])
+
+    in_place = np.eye(2, 3, dtype=np.float32)
+    aligned = _align(one, other, in_place)
+    best = max((in_place, aligned) if aligned is not None else (in_place,), key=agreement)
+    return best if agreement(best) >= MIN_THUMBNAIL_CORRELATION else None
 
 
 def look_closer(one, other, start):
     """Whether two close views show one picture, and whether in the same colours.
 
-    start: the map of _align for their thumbnails.
+    start: the map of align_thumbnails. They are compared as they are first, as an alignment may
+    lose its way where there is fine texture.
     """
     import cv2
 
     one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
     grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
-    scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
-    warp = _align(grey_one, grey_other, start * scale)
-    if warp is None:
-        return False, False
-    inside = _moved(np.full_like(grey_one, 255), warp) == 255
-    same_detail = _same_detail(grey_one, _moved(grey_other, warp), inside)
-    return same_detail, _same_colours(one, _moved(other, warp), inside)
+
+    def compare(warp, limits):
+        inside = _moved(np.full_like(grey_one, 255), warp) == 255
+        is_same = _same_detail(grey_one, _moved(grey_other, warp), inside, *limits)
+        return is_same, is_same and _same_colours(one, _moved(other, warp), inside)
+
+    result = compare(np.eye(2, 3, dtype=np.float32), IN_PLACE)
+    if not result[0]:
+        scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
+        warp = _align(grey_one, grey_other, start * scale)
+        result = result if warp is None else compare(warp, ALIGNED)
+    return result
 
 
 def _align(one, other, start):
@@ -1081,7 +1121,7 @@ def _align(one, other, start):
 
     until = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGN_STEPS, 1e-3)
     try:
-        _, warp = cv2.findTransformECC(one, other, start, cv2.MOTION_AFFINE, until, None, 5)
+        _, warp = cv2.findTransformECC(one, other, start.copy(), cv2.MOTION_AFFINE, until, None, 5)
     except cv2.error:  # it does not converge, as where one of them is plain
         return None
     is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
@@ -1097,8 +1137,12 @@ def _moved(picture, warp):
     return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
 
 
-def _same_detail(one, other, inside):
-    """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures."""
+def _same_detail(one, other, inside, share, least):
+    """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures.
+
+    inside: where both are, as (128, 128) bool; share: of the blocks that may differ; least: the
+    correlation of the others.
+    """
     first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
     contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
     is_comparable = inside & (np.maximum(one, other) < WHITE)
@@ -1106,7 +1150,7 @@ def _same_detail(one, other, inside):
     if has_detail.sum() < MIN_BLOCKS:
         return False
     correlations = _correlations(first[has_detail], second[has_detail])
-    return bool(np.quantile(correlations, DIFFERENT_BLOCKS) >= MIN_BLOCK_CORRELATION)
+    return bool(np.quantile(correlations, share) >= least)
 
 
 def _detail(grey, fine, coarse):

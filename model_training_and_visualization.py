@@ -44,13 +44,13 @@ from typing import NamedTuple
 
 from create_train_val_test import (
     BUILDING,
-    PHOTO_SUFFIXES,
     SPLITS,
     Stop,
     beside_this_script,
     class_folders,
     cores,
     is_hidden,
+    is_photo,
     locked,
     map_photos,
     pasteable,
@@ -379,7 +379,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
 
 def _photo_files(folder):
     """The sorted paths of the photos in a folder and its visible subfolders."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    files = filter(is_photo, folder.rglob("*"))
     return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
@@ -765,7 +765,8 @@ def train_and_save(options, build=build_model):
     with locked(lock, busy):
         settings = _run_settings(options, splits, phases)
         same = settings | {"classes": class_names}  # what a resumed run must have in common
-        checkpoints = Checkpoints(_checkpoint_folder(options.model), same)
+        watched = _photos_to_watch(splits["validation"], options.seed)
+        checkpoints = Checkpoints(_checkpoint_folder(options.model), same, watched)
         model = _train_from(options, splits, phases, checkpoints, build)
         photos, _ = splits["test"][0]
         network = Network(model)
@@ -773,6 +774,7 @@ def train_and_save(options, build=build_model):
         with replace_when_whole(options.model) as partial_path:
             model.save(partial_path)
         record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
+        record["looks"] = checkpoints.looks | {"photos": _shown_photos(*watched, class_names)}
         _write_json(history_file(options.model), record)
         shutil.rmtree(checkpoints.folder)
     return model, class_names, splits["test"], record
@@ -782,7 +784,8 @@ def _train_from(options, splits, phases, checkpoints, build):
     """Train from the start, or from the newest checkpoint: the model of the best epoch."""
     newest = next(checkpoints.newest(), None)
     if newest and not options.resume:
-        epochs = len(newest[2]["loss"])
+        _, saved = newest
+        epochs = len(saved["history"]["loss"])
         folder = printable(checkpoints.folder)
         print(f"{folder} holds an interrupted run of {epochs} epochs. To go on with it, press")
         print("Ctrl-C and add --resume. Otherwise this run deletes it after its first epoch.")
@@ -797,6 +800,25 @@ def _train_from(options, splits, phases, checkpoints, build):
     keras.config.set_dtype_policy("float32")
     best = checkpoints.file_of(checkpoints.best_epoch)
     return in_float32(keras.saving.load_model(best, compile=False))
+
+
+def _photos_to_watch(batches, seed):
+    """Photos (n, height, width, 3) float32 and labels (n,): one each of some classes, by seed."""
+    order = np.random.default_rng(seed).permutation(len(batches.paths))
+    _, first = np.unique(batches.labels[order], return_index=True)
+    chosen = order[first[:PHOTOS_WATCHED]]
+    return np.stack([batches.photo(index) for index in chosen]), batches.labels[chosen]
+
+
+def _shown_photos(photos, labels, class_names):
+    """[[class name, the photo as base64 of a small JPEG]]"""
+    shown = []
+    for photo, label in zip(photos, labels, strict=True):
+        jpeg = io.BytesIO()
+        image = Image.fromarray(photo.astype("uint8"))
+        image.resize((PATCH_SIDE, PATCH_SIDE)).save(jpeg, "JPEG", quality=90)
+        shown.append([class_names[label], base64.b64encode(jpeg.getvalue()).decode()])
+    return shown
 
 
 def _describe(splits, class_names, phases, balance):
@@ -1536,6 +1558,8 @@ PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
 PLACES = 6  # rows and columns of a photo's places that are covered one by one
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
+PHOTOS_WATCHED = 5  # while the model learns, of a class each
+EPOCHS_SHOWN = 8  # of these
 
 
 def grad_cam(model, photo, layer_name, class_index):
@@ -1608,6 +1632,31 @@ def place_heatmap(heatmap, field, size):
     )
 
 
+def heatmap_of_all_blocks(model, photo, class_index):
+    """A finer heatmap of a class, from all blocks of a model: (height, width) float32, 0 to 1.
+
+    model: a Keras model or a Network, whose input size the heatmap has. photo: (height, width, 3)
+    RGB, 0–255, of any size. The mean of each block's HiResCAM, gradient times activation position
+    by position (Draelos and Carin, 2020), cut at 0, divided by its peak, and laid where the block's
+    positions look. The early blocks add outlines, the last ones what they belong to.
+    """
+    network = network_of(model)
+    batch = network.as_batch(photo)
+    with tf.GradientTape() as tape:
+        tape.watch(batch)
+        *features, logits = network.compute(batch, [*network.heatmap_layers, LOGITS])
+        logit = logits[0, class_index]
+    gradients = tape.gradient(logit, features, unconnected_gradients="zero")
+    placed = []
+    for name, feature_maps, gradient in zip(
+        network.heatmap_layers, features, gradients, strict=True
+    ):
+        heatmap = np.maximum(0, tf.reduce_sum(feature_maps * gradient, axis=-1)[0].numpy())
+        share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
+        placed.append(place_heatmap(share, field, network.input_size))
+    return np.mean(placed, axis=0)
+
+
 class Deletion(NamedTuple):
     """The probability of a class for a photo as it is, and without a part of it.
 
@@ -1619,15 +1668,21 @@ class Deletion(NamedTuple):
     without_central: float  # the control: a part of the same size in the middle
 
 
-def deletion_of(network, explanation, predict=None):
-    """The Deletion of the heatmap of an Explanation. predict: see probabilities_without."""
+def deletions_of(network, explanation, predict=None):
+    """The Deletion of a photo's heatmap, and that of its heatmap of all blocks, where it has one.
+
+    predict: see probabilities_without.
+    """
     size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
-    hottest = top_fraction(place_heatmap(explanation.heatmap, field, size))
-    central = top_fraction(centred_blob(size))
-    masks, predict = [hottest, central], predict or network.probabilities
-    without = probabilities_without(predict, [explanation.pixels] * 2, masks)
-    of_class = [explanation.probabilities, *without]
-    return Deletion(*(float(it[explanation.class_index]) for it in of_class))
+    heatmaps = [centred_blob(size), place_heatmap(explanation.heatmap, field, size)]
+    if explanation.of_all_blocks is not None:
+        heatmaps.append(explanation.of_all_blocks)
+    masks, predict = list(map(top_fraction, heatmaps)), predict or network.probabilities
+    without = probabilities_without(predict, [explanation.pixels] * len(masks), masks)
+    before, central, *hottest = (
+        float(it[explanation.class_index]) for it in [explanation.probabilities, *without]
+    )
+    return [Deletion(before, of_heatmap, central) for of_heatmap in hottest]
 
 
 def probabilities_without(predict, photos, masks):
@@ -1694,7 +1749,8 @@ class Explanation:
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
     uncut: dict
-    deletion: Deletion | None = None  # of the heatmap; None where it is empty
+    of_all_blocks: np.ndarray | None = None  # see heatmap_of_all_blocks; None where not asked for
+    deletions: tuple = ()  # of the heatmap, and of that of all blocks; none where it is empty
     is_multi_label: bool = False
 
     @property
@@ -1801,12 +1857,13 @@ def verdict(class_names, probabilities, true_index, is_multi_label=False):
     return f"{said}; its class is {class_names[true_index]}, {share}"
 
 
-def deletion_caption(explanation):
-    """The Deletion of the heatmap, in words."""
+def deletion_caption(explanation, number=0):
+    """A Deletion in words, that of the heatmap, or that of its number among the deletions."""
     name = explanation.class_name
-    if explanation.deletion is None:
+    if not explanation.deletions:
         return f"Nothing speaks for {name}: the heatmap is empty."
-    before, without_hottest, without_central = explanation.deletion
+    deletion = explanation.deletions[number]
+    _, without_hottest, without_central = deletion
     # A heatmap is worth something if more is lost with what it marks than with the middle.
     judgement = "No better than a guess here."
     if without_hottest < without_central - DELETION_MARGIN:
@@ -1816,7 +1873,7 @@ def deletion_caption(explanation):
     part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
     # A third digit where two would hide which of them is lower.
     digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
-    before, hottest, central = (f"{it:.{digits}f}" for it in explanation.deletion)
+    before, hottest, central = (f"{it:.{digits}f}" for it in deletion)
     return (
         f"Without the hottest {part}: P({name}) {before} → {hottest}; "
         f"without a central {part}: {central}. {judgement}"
@@ -1831,6 +1888,8 @@ def draw_heatmaps(output, network, explanations):
     for number, explanation in enumerate(explanations, start=1):
         heatmap, name = explanation.heatmap, explanation.class_name
         caption = f"{explanation.name}: {explanation.verdict}.\n{deletion_caption(explanation)}"
+        if len(explanation.deletions) > 1:
+            caption += f"\nBy all blocks: {deletion_caption(explanation, 1)}"
         height, width = heatmap.shape
         panels = [
             Panel(explanation, "the photo"),
@@ -1844,6 +1903,11 @@ def draw_heatmaps(output, network, explanations):
             Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
         ]
         norm = Normalize(0, heatmap.max() or 1)
+        if explanation.of_all_blocks is not None:
+            share = explanation.of_all_blocks / (explanation.of_all_blocks.max() or 1)
+            title = "HiResCAM of all blocks,\nas a share of its peak"
+            every_pixel = ReceptiveField((0, 0), (1, 1), (1, 1))
+            panels.append(Panel(explanation, title, norm.vmax * share, every_pixel))
         dpi = np.clip(explanation.photo.shape[1] / 3.7, 100, 300)  # the photo's own resolution
         label = f"at {layer}; 0: nothing for {name}"
         save_panels(output / f"CAM_{number}.jpeg", [panels], caption, label, norm, dpi=dpi)
@@ -1908,6 +1972,52 @@ def draw_mistakes(output, network, explanations):
     label = f"Grad-CAM at {layer}; 0: nothing"
     save_panels(output / "CAM_mistakes.jpg", rows, caption, label, norm, ACTIVATION_COLOURS)
     return [Picture("CAM_mistakes.jpg", caption)]
+
+
+def heatmaps_of(network, photos, labels):
+    """[(probability, (h, w) heatmap)] of the true classes of (n, height, width, 3) photos."""
+    last = network.heatmap_layer
+    (feature_maps,) = network.compute(photos, [last])
+    from_features = partial(network.compute, names=[last, LOGITS], start=last)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()[np.arange(len(labels)), labels]
+    (uncut,) = uncut_grad_cam(from_features, feature_maps, labels[:, None])
+    return list(zip(probabilities.tolist(), np.maximum(0, uncut[:, 0]), strict=True))
+
+
+def draw_learning(output, network, record):
+    """Draw how the model learnt to look, epoch by epoch, at a photo of each class: [Picture].
+
+    record: see read_record. Nothing is drawn where nobody looked on.
+    """
+    looks, history = record.get("looks"), record["history"]
+    if not looks:
+        return []
+    kept = int(np.argmin(history["val_loss"])) + 1
+    epochs = len(looks["heatmaps"]) - 1  # the first are those before the first epoch
+    chosen = np.linspace(0, epochs, min(EPOCHS_SHOWN, epochs + 1)).round().astype(int)
+    chosen[1 + np.abs(chosen[1:] - kept).argmin()] = kept
+    field = network.receptive_fields[network.heatmap_layer]
+    labels, rows = [], []
+    for row, (name, encoded) in enumerate(looks["photos"]):
+        photo = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+        heatmaps = {epoch: np.array(looks["heatmaps"][epoch][row]) for epoch in chosen.tolist()}
+        peak = max(heatmap.max() for heatmap in heatmaps.values()) or 1
+        pictures = []
+        for epoch, heatmap in heatmaps.items():
+            when = f"epoch {epoch}" if epoch else "before"
+            when += ", kept" if epoch == kept else ""
+            share = place_heatmap(heatmap / peak, field, network.input_size)
+            text = f"{when}: {percent(looks['probabilities'][epoch][row])}"
+            pictures.append((overlay(photo, share), text))
+        labels.append(printable(name))
+        rows.append(pictures)
+    caption = (
+        "How it learnt to look: Grad-CAM for the class of each photo, after some epochs\n"
+        "each photo on one scale, brighter is more; with the probability of its class"
+    )
+    save_rows(output / "learning.jpg", labels, rows, caption)
+    return [Picture("learning.jpg", caption)]
 
 
 # ---- 9. Concepts: what the evidence for a class is made of ---------------------------------------
@@ -2410,11 +2520,13 @@ def _explain_photos(survey, numbers, at_once=2):
                 for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
             }
             photo = network.read_photo(survey.paths[number])
-            explained[number] = _explanation(survey, number, photo, photos[row], uncut)
+            explained[number] = _explanation(
+                survey, number, photo, photos[row], uncut, by_all_blocks=True
+            )
     return explained
 
 
-def _explanation(survey, number, photo, pixels, uncut):
+def _explanation(survey, number, photo, pixels, uncut, by_all_blocks=False):
     """The Explanation of a photo of a survey, with the deletion score of its heatmap.
 
     uncut: see Explanation; at the last layer all classes of the survey are added.
@@ -2435,8 +2547,11 @@ def _explanation(survey, number, photo, pixels, uncut):
     )
     if not explanation.heatmap.any():
         return explanation
-    deletion = deletion_of(survey.network, explanation, survey.predict)
-    return replace(explanation, deletion=deletion)
+    if by_all_blocks:
+        heatmap = heatmap_of_all_blocks(survey.network, pixels, explanation.class_index)
+        explanation = replace(explanation, of_all_blocks=heatmap)
+    deletions = deletions_of(survey.network, explanation, survey.predict)
+    return replace(explanation, deletions=tuple(deletions))
 
 
 def draw_survey(
@@ -2461,8 +2576,8 @@ def draw_survey(
     with Progress() as progress:
         patterns = find_patterns(survey.network, seed, progress, pattern_size, pattern_steps)
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
-        likest = nearest_photos(survey, training, seed) if training else None
-        draw_page(output, survey, explained, pictures, record, command, progress, likest)
+        nearest = nearest_photos(survey, training, seed) if training else None
+        draw_page(output, survey, explained, pictures, record, command, progress, nearest)
 
 
 def explain_chosen(survey):
@@ -2559,6 +2674,8 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
+    if record:
+        pictures["learning"] = tell(draw_learning(output, network, record))
     pictures["strip"] = tell(draw_strip(output, network, shown[0], patterns))
     return pictures
 
@@ -3384,6 +3501,17 @@ def _draw_panel(axes, panel, norm, colours):
     return drawn
 
 
+def overlay(photo, heatmap):
+    """A heatmap of shares, 0 to 1, over a photo in grey: (height, width, 3) uint8.
+
+    heatmap: of any size, over the whole photo.
+    """
+    heatmap = cv2.resize(heatmap, photo.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    colours = 255 * matplotlib.colormaps[HEATMAP_COLOURS](heatmap)[..., :3]
+    grey = photo.mean(2, keepdims=True)
+    return np.rint(OVERLAY_OPACITY * colours + (1 - OVERLAY_OPACITY) * grey).astype("uint8")
+
+
 def _positions_extent(panel):
     """Where a heatmap's positions lie, a stride each: (left, right, bottom, top) in the photo."""
     scale = np.divide(panel.explanation.photo.shape[:2], panel.explanation.pixels.shape[:2])
@@ -3754,8 +3882,12 @@ def _reliability_entry(evaluation):
 
 
 def save_predictions(path, survey):
-    """Write a table of all photos for spreadsheets: file, classes, and a probability a class."""
+    """Write a table of all photos for spreadsheets: file, classes, and a probability a class.
+
+    A multi-label model may predict several classes of a photo, or none.
+    """
     names = [printable(name) for name in survey.class_names]
+    predicted = predicted_classes(survey.probabilities, survey.network.is_multi_label)
     true = ["" if label < 0 else names[label] for label in survey.labels]
     # With a mark in front, by which a spreadsheet knows UTF-8.
     encoding = {"encoding": "utf-8-sig", "newline": ""}
@@ -3763,7 +3895,8 @@ def save_predictions(path, survey):
         writer = csv.writer(file)
         writer.writerow(map(_cell, ["file", "true class", "predicted class", *names]))
         for number, probabilities in enumerate(survey.probabilities):
-            texts = [survey.name(number), true[number], names[probabilities.argmax()]]
+            said = ", ".join(names[k] for k in np.flatnonzero(predicted[number]))
+            texts = [survey.name(number), true[number], said]
             writer.writerow([*map(_cell, texts), *(f"{it:.4f}" for it in probabilities)])
 
 
@@ -4149,15 +4282,19 @@ class Checkpoints(keras.callbacks.Callback):
     A checkpoint is one .keras file with weights, optimizer, settings and history. Unlike Keras's
     BackupAndRestore it is never written in place. The last two epochs stay, in case the last cannot
     be read, and with each the epoch that was the best by then. Raises Stop where the loss is NaN.
+
+    watched: photos (n, height, width, 3) and their labels (n,). Before the first epoch and after
+    each, where the model looks for their class is added to `looks`; see heatmaps_of.
     """
 
-    RECORD = "record.json"  # in the file, beside what Keras writes: settings and history
+    RECORD = "record.json"  # in the file, beside what Keras writes: settings, history and looks
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder, settings, watched=None):
         super().__init__()
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self.watched = folder, settings, watched
         self.run_name = f"{time.time_ns():x}"  # sorts later runs after earlier ones
         self.history = {name: [] for name in METRICS}
+        self.looks = {"probabilities": [], "heatmaps": []}
 
     @property
     def epochs(self):
@@ -4172,6 +4309,22 @@ class Checkpoints(keras.callbacks.Callback):
     def file_of(self, epoch):
         return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"
 
+    def on_train_begin(self, logs=None):
+        if self.watched and not self.looks["heatmaps"]:
+            self.looks = self._looks_now()
+
+    def _looks_now(self):
+        """The looks so far, and those of now."""
+        if self.watched is None:
+            return self.looks
+        found = heatmaps_of(Network(self.model), *self.watched)
+        probabilities = [round(probability, 4) for probability, _ in found]
+        heatmaps = [np.round(heatmap, 5).tolist() for _, heatmap in found]
+        return {
+            "probabilities": [*self.looks["probabilities"], probabilities],
+            "heatmaps": [*self.looks["heatmaps"], heatmaps],
+        }
+
     def on_epoch_end(self, epoch, logs=None):
         if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
             rate = f"at learning rate {float(self.model.optimizer.learning_rate):.2g}"
@@ -4180,25 +4333,26 @@ class Checkpoints(keras.callbacks.Callback):
             remedy = f"{kept}Train with a smaller --learning-rate."
             raise Stop(f"The loss became NaN in epoch {epoch + 1} {rate}.\n{remedy}", exit_code=1)
         history = {name: [*values, float(logs[name])] for name, values in self.history.items()}
-        record = json.dumps({"settings": self.settings, "history": history})
+        looks = self._looks_now()
+        record = json.dumps({"settings": self.settings, "history": history, "looks": looks})
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_when_whole(self.file_of(epoch + 1)) as partial_path:
             self.model.save(partial_path)
             with zipfile.ZipFile(partial_path, "a") as archive:
                 archive.writestr(self.RECORD, record)
         needed = {self.epochs, self.best_epoch}
-        self.history = history
+        self.history, self.looks = history, looks
         needed |= {self.epochs, self.best_epoch}
         for file in set(self.folder.glob("*.keras")) - {self.file_of(number) for number in needed}:
             file.unlink()
 
     def newest(self):
-        """Yield (file, settings, history) of each epoch that can be read, the newest one first."""
+        """Yield (file, record) of each epoch that can be read, the newest one first."""
         for file in sorted(self.folder.glob("*_epoch_*.keras"), reverse=True):
             try:
                 with zipfile.ZipFile(file) as archive:
                     record = json.loads(archive.read(self.RECORD))
-                yield file, record["settings"], record["history"]
+                yield file, {name: record[name] for name in ("settings", "history", "looks")}
             except (OSError, ValueError, KeyError, zipfile.BadZipFile):
                 print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
 
@@ -4208,7 +4362,8 @@ class Checkpoints(keras.callbacks.Callback):
         Raises Stop if there is none, or its settings differ.
         """
         folder = printable(self.folder)
-        for file, settings, history in self.newest():
+        for file, record in self.newest():
+            settings = record["settings"]
             different = [
                 name for name in self.settings if settings.get(name) != self.settings[name]
             ]
@@ -4223,7 +4378,8 @@ class Checkpoints(keras.callbacks.Callback):
             except Exception:  # a damaged file can fail in many ways
                 print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
                 continue
-            self.run_name, self.history = file.name.partition("_epoch_")[0], history
+            self.run_name = file.name.partition("_epoch_")[0]
+            self.history, self.looks = record["history"], record["looks"]
             return
         message = f"--resume: no epoch in {folder} can be read."
         raise Stop(f"{message}\nLeave out --resume to start a new run.")

@@ -246,7 +246,7 @@ def test_a_split_that_is_half_in_its_place_or_was_not_looked_through_is_named(
     assert stop.value.exit_code == 2 and "create_train_val_test.py" in str(stop.value)
 
 
-def test_hidden_folders_hold_no_photos(split_flowers, tmp_path):
+def test_every_photo_is_read_and_nothing_hidden_or_else(split_flowers, tmp_path):
     shutil.copytree(split_flowers / "test", tmp_path / "test")
     for hidden in (".ipynb_checkpoints", "__MACOSX"):
         for folder in (tmp_path / "test", tmp_path / "test" / "rose"):
@@ -254,10 +254,14 @@ def test_hidden_folders_hold_no_photos(split_flowers, tmp_path):
             shutil.copy(tmp_path / "test" / "rose" / "0.jpg", folder / hidden / "0.jpg")
     shutil.copy(tmp_path / "test" / "rose" / "0.jpg", tmp_path / "test" / "rose" / "._0.jpg")
     (tmp_path / "test" / "tulip" / "2.jpg").rename(tmp_path / "test" / "tulip" / "2.JPG")
+    # What is inside counts, whatever the name says.
+    shutil.copy(tmp_path / "test" / "rose" / "0.jpg", tmp_path / "test" / "tulip" / "3.jpg_large")
+    (tmp_path / "test" / "tulip" / "thumbs.db").write_bytes(bytes(600))
     batches, class_names = study.open_split(tmp_path / "test", (32, 32), 4)
     assert class_names == CLASSES
     names = [path.name for path in batches.paths]
-    assert names == [*(["0.jpg", "1.jpg", "2.jpg"] * 2), "0.jpg", "1.jpg", "2.JPG"]
+    expected = [*(["0.jpg", "1.jpg", "2.jpg"] * 2), "0.jpg", "1.jpg", "2.JPG", "3.jpg_large"]
+    assert names == expected
 
 
 # ---- Own photos and own models ----

@@ -1134,12 +1134,16 @@ def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
     boxes = page.boxes("#bins .count")
     assert [box[2] / boxes[2][2] for box in boxes] == pytest.approx([0.25, 0.75, 1], abs=0.01)
     assert "0.123" in page.text("#calibration") and "6 bins" in page.text("#calibration")
+    page.eval("document.querySelectorAll('img').forEach((it) => { it.loading = 'eager'; })")
+    page.wait("[...document.images].every((it) => it.complete)")  # nothing moves any more
     page.eval("$('reliability').scrollIntoView()")
-    page.settle()
     _, full, _ = page.colours("#bins .count", 0.5, 0.2)
     _, empty, _ = page.colours("#bins .count", 0.5, 0.6)
     assert near(full, (154, 52, 18)) and near(empty, (250, 248, 244))
     assert page.eval("$('table').href.split('/').at(-1)") == "predictions.csv"
+    page = visit(change=lambda run: run.update(reliability=None))
+    assert not page.eval("$('reliability').checkVisibility()")
+    assert page.eval("$('table').checkVisibility()")
 
 
 HOSTILE = ['"ro\'se"', "</script><b>x", "$x$ & `y`\n\u2028z"]

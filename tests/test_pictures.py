@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from scipy import ndimage
 
 import model_training_and_visualization as study
 
@@ -51,6 +52,26 @@ def test_shifting_the_photo_shifts_the_heatmap():
     after = study.grad_cam(model, np.roll(spot, (8, 20), axis=(0, 1)), "maps", 0)
     assert before.max() > 0 and (before == 0).any()
     np.testing.assert_allclose(after, np.roll(before, (2, 5), axis=(0, 1)), rtol=1e-5)
+
+
+def test_the_heatmap_of_all_blocks_is_the_mean_of_gradient_times_activation_block_by_block():
+    photo = keras.Input((4, 4, 3))
+    red = layers.Conv2D(1, 1, use_bias=False, name="red")(photo)
+    pooled = layers.AveragePooling2D(2, name="pooled")(red)
+    logits = layers.Dense(2)(layers.Flatten()(pooled))
+    model = keras.Model(photo, logits)
+    weights = np.array([[3.0, -1.0], [0.5, 2.0]])  # of the second class, for each position
+    model.layers[1].set_weights([np.array([[[[1], [0], [0]]]], "float32")])
+    model.layers[-1].set_weights([np.stack([np.zeros(4), weights.ravel()], axis=1), np.zeros(2)])
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3)).astype("uint8")
+    reds = pixels[..., 0].astype(float)
+    early = np.maximum(0, reds * weights.repeat(2, 0).repeat(2, 1))
+    late = np.maximum(0, reds.reshape(2, 2, 2, 2).mean((1, 3)) * weights)
+    rows, columns = np.indices((4, 4))
+    at = [(rows - 0.5) / 2, (columns - 0.5) / 2]  # a position looks at the middle of its pixels
+    placed = ndimage.map_coordinates(late / late.max(), at, order=1, mode="grid-constant")
+    heatmap = study.heatmap_of_all_blocks(model, pixels, 1)
+    np.testing.assert_allclose(heatmap, (early / early.max() + placed) / 2, atol=0.02)
 
 
 # ---- A heatmap on its photo ----------------------------------------------------------------------
@@ -167,7 +188,7 @@ def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
         probabilities=np.array([0.9, 0.1]),
         true_index=0,
         uncut=maps,
-        deletion=study.Deletion(0.9, without_hottest, without_central),
+        deletions=(study.Deletion(0.9, without_hottest, without_central),),
     )
     words = study.deletion_caption(explanation)
     assert judgement in words and "daisy" in words

@@ -207,7 +207,7 @@ def test_split_csv_tells_for_every_file_where_it_went_and_why(tmp_path):
         ),
         **{f"rose/{k}.jpg": ("rose", "skipped", "1", daisy) for k in ("a", "b", "c", "d")},
         "rose/empty.jpg": ("rose", "skipped", "", "is empty"),
-        "rose/notes.txt": ("rose", "skipped", "", "is of type .txt, which no photo has"),
+        "rose/notes.txt": ("rose", "skipped", "", "is of type .txt and holds no photo"),
     }
     for row in rows:
         copy = tmp_path / "out" / row["split"] / row["source"]
@@ -940,6 +940,28 @@ def test_an_interrupted_run_leaves_the_old_split_and_nothing_else(whole, number,
 
 
 @posix_only
+@pytest.mark.parametrize("first", ["building", "moving"])
+def test_ctrl_c_again_and_again_waits_until_nothing_hidden_is_left(whole, two_splits, first):
+    source, output, before = whole
+    begins = {
+        "building": IS_LAST_PHOTO,
+        "moving": 'event == "os.rename" and os.path.basename(arguments[1]) == "validation"',
+    }
+    interrupt = f"""
+        global begun
+        begun = globals().get("begun") or {begins[first]}
+        if begun and event in ("open", "os.rename", "shutil.rmtree", "os.remove", "os.rmdir"):
+            os.kill(os.getpid(), signal.SIGINT)
+    """
+    started = process(source, output, "--overwrite", "--seed=1", on_event=interrupt)
+    assert finish(started) == (130, "Stopped by Ctrl-C.\n")
+    assert {path.name for path in output.iterdir()} == RESULTS
+    after, new = tree(output), tree(two_splits / "other")
+    del after["split.csv"], before["split.csv"], new["split.csv"]
+    assert after == (before if first == "building" else new)
+
+
+@posix_only
 def test_the_workers_of_a_killed_run_end_with_it(whole):
     source, output, _ = whole
     slow = f"""
@@ -1056,6 +1078,32 @@ def test_photos_of_all_types_that_phones_and_the_web_save_are_split_and_read(tmp
     read = read_photo(path).astype(int)
     assert np.abs(read - np.array(frames[0])).mean() < 8  # the first frame, but for lossy pixels
     assert where(split(source, tmp_path / "out"))[f"rose/{path.name}"] in SPLITS
+
+
+def test_what_is_inside_makes_a_photo_whatever_its_name_says(tmp_path):
+    source = make_source(tmp_path / "photos", daisy=8, rose=8)
+    kinds = {"photo": "JPEG", "a.jpg_large": "JPEG", "b.jpg.download": "PNG", "c.dat": "WEBP"}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        picture(seed).save(source / "rose" / name, kind)
+    others = {
+        "thumbs.db": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600),
+        "a film.mp4": b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41" + bytes(600),
+        "pages.pdf": b"%PDF-1.7\n" + bytes(600),
+        "array.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}" + bytes(600),
+        "cars.txt": b"BMW and Porsche\n" * 40,
+        "paper sizes": b"P6 is no size\n" * 40,
+        "zeros.bin": bytes(6000),
+    }
+    for name, data in others.items():
+        (source / "rose" / name).write_bytes(data)
+    Image.new("RGB", (60, 40)).save(source / "rose" / "raw.nef", "TIFF")  # as cameras keep theirs
+    rows = {row["source"]: row for row in split(source, tmp_path / "out")}
+    for name in kinds:
+        path = tmp_path / "out" / rows[f"rose/{name}"]["split"] / "rose" / name
+        assert split_script.is_photo(path) and read_photo(path).shape == (80, 96, 3)
+    for name in (*others, "raw.nef"):
+        row = rows[f"rose/{name}"]
+        assert (row["split"], row["note"][-19:]) == ("skipped", " and holds no photo")
 
 
 def test_a_jpeg_of_108_million_pixels_is_taken_and_another_type_of_as_many_is_not(tmp_path):
@@ -1236,7 +1284,7 @@ def test_few_photos_and_weights_that_must_be_downloaded_are_mentioned(
     *_, daisy, rose, few, weights, _ = capsys.readouterr().out.splitlines()
     assert daisy.split() == ["daisy", "44", "9", "11", "1"]  # int(0.15 × 64), int(0.2 × 55)
     assert rose.split() == ["rose", "55", "12", "13", "0"]
-    assert "Only 9 of daisy in validation" in few and "--weights none" in weights
+    assert "Only 9 of daisy in validation" in few and "--quick" in weights
 
 
 @posix_only

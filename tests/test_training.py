@@ -1,5 +1,6 @@
 """What the training promises: true augmentation, honest phases, and that nothing good is lost."""
 
+import base64
 import contextlib
 import io
 import json
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import cv2
 import keras
 import numpy as np
 import pytest
@@ -410,9 +412,14 @@ def files_in(folder):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(split_flowers, tmp_path_factory):
+def whole_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(split_flowers, whole_folder):
     tf.config.run_functions_eagerly(True)
-    options = options_of(split_flowers, tmp_path_factory.mktemp("whole"), *TWO_STEPS)
+    options = options_of(split_flowers, whole_folder, *TWO_STEPS)
     model, _, _, record = study.train_and_save(options, build=small_inception)
     return weights_of(model), record
 
@@ -424,6 +431,30 @@ def assert_same_run(model, record, uninterrupted):
     for name, expected in weights.items():
         for one, other in zip(weights_of(model)[name], expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    looks, expected = record["looks"], reference["looks"]
+    assert looks["photos"] == expected["photos"]
+    np.testing.assert_allclose(looks["heatmaps"], expected["heatmaps"], rtol=0.01, atol=1e-3)
+
+
+def test_the_look_of_the_epoch_that_was_kept_is_that_of_the_saved_model(
+    split_flowers, whole_folder, uninterrupted
+):
+    _, record = uninterrupted
+    model = keras.saving.load_model(whole_folder / "net.keras")
+    looks, losses = record["looks"], record["history"]["val_loss"]
+    kept = int(np.argmin(losses)) + 1  # the first look is that before the first epoch
+    assert len(looks["heatmaps"]) == len(looks["probabilities"]) == len(losses) + 1
+    assert [name for name, _ in looks["photos"]] == CLASSES
+    read = study.photo_reader((75, 75))
+    for label, (name, encoded) in enumerate(looks["photos"]):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))).astype(float)
+        photos = [read(path) for path in (split_flowers / "validation" / name).iterdir()]
+        distances = [np.abs(cv2.resize(it, shown.shape[:2]) - shown).mean() for it in photos]
+        photo = photos[int(np.argmin(distances))]
+        heatmap = study.grad_cam(model, photo, "mixed10", label)
+        np.testing.assert_allclose(looks["heatmaps"][kept][label], heatmap, rtol=0.01, atol=1e-3)
+        probability = model(photo[None].astype("float32"))[0, label]
+        assert looks["probabilities"][kept][label] == pytest.approx(float(probability), abs=1e-3)
 
 
 @POSIX_ONLY
@@ -1156,6 +1187,7 @@ def test_options_have_the_values_that_the_readme_promises():
     expected |= {"weights": "imagenet", "epochs": 10, "batch_size": 32, "image_size": 299}
     expected |= {"freeze_below": "mixed2", "learning_rate": None, "seed": 0, "photos": []}
     expected |= {"skip_training": False, "mixed_precision": False, "resume": False, "quick": False}
+    expected |= {"pixels": "0..255", "balance": False}
     assert vars(study.parse_options([])) == expected
     least = ["--epochs", "1", "--image-size", "75", "--seed", "4294967295", "--skip-training"]
     options = study.parse_options([*least, "--model", "my.h5", "--photos", "a.jpg", "b.jpg"])
