@@ -317,7 +317,7 @@ def test_the_history_holds_the_settings_of_the_run(recorded_run):
     settings = record["settings"]
     expected = {"weights": "imagenet", "epochs": 4, "batch_size": 16, "image_size": 75, "seed": 3}
     expected |= {"freeze_below": "mixed9", "learning_rate": 0.01, "mixed_precision": False}
-    expected |= {"photos": {"train": 24, "validation": 9, "test": 9}}
+    expected |= {"photos": {"train": 24, "validation": 9, "test": 9}, "balance": False}
     assert settings == expected | {"phases": {"head": 1, "fine-tuning": 3}}
 
 
