@@ -927,8 +927,9 @@ def network_and_test(bench):
 
 
 def mean_falls(network, photos, labels):
-    """Mean falls of the true class's probability without the fifth of Grad-CAM, a centred blob and
-    a random map; and of how many photos."""
+    """Mean falls of the true class's probability without the fifth of Grad-CAM, of the heatmap of
+    all blocks, a centred blob and a random map; the same with nothing but that fifth; and of how
+    many photos."""
     layer, size = network.heatmap_layer, network.input_size
     field, rng = network.receptive_fields[layer], np.random.default_rng(0)
     heatmaps = heatmaps_of(network, layer, photos, labels)
@@ -948,8 +949,15 @@ def mean_falls(network, photos, labels):
     placed = [study.place_heatmap(heatmap, field, size) for heatmap in heatmaps[marking]]
     blobs = [study.centred_blob(size)] * count
     noise = [cv2.GaussianBlur(rng.normal(size=size), (0, 0), size[0] / 12) for _ in photos]
-    fractions = [[study.top_fraction(it) for it in maps] for maps in (placed, blobs, noise)]
-    return [np.mean(before - probabilities(masks)) for masks in fractions], count
+    of_blocks = [
+        study.heatmap_of_all_blocks(network, photo, label)
+        for photo, label in zip(photos, labels, strict=True)
+    ]
+    all_maps = (placed, of_blocks, blobs, noise)
+    fractions = [[study.top_fraction(it) for it in maps] for maps in all_maps]
+    falls = [np.mean(before - probabilities(masks)) for masks in fractions]
+    alone = [np.mean(probabilities([~mask for mask in masks])) for masks in fractions]
+    return falls, alone, count
 
 
 def heatmaps_of(network, layer, photos, labels):
@@ -987,16 +995,16 @@ def measure_trust(bench):
         bench.row("Trust in heatmaps", "not measured", "needs a trained model: --model FILE")
         return
     network, photos, labels = network_and_test(bench)
-    (grad_cam, blob, random), count = mean_falls(network, photos, labels)
+    falls, alone, count = mean_falls(network, photos, labels)
     counts = f"{count} of {len(photos)} test photos"
-    what = f"Mean fall of the true class's probability without the hottest fifth, {counts}"
-    for fall, name in ((blob, "a centred blob"), (random, "a random smooth map")):
-        bench.row(
-            what,
-            f"{grad_cam:.3f}",
-            f"{fall:.3f}: {name}",
-            f"{grad_cam / fall:.2f} ×" if fall > 0 else "",
-        )
+    peers = ("the heatmap of all blocks", "a centred blob", "a random smooth map")
+    for what, (grad_cam, *others) in (
+        (f"Mean fall of the true class's probability without the hottest fifth, {counts}", falls),
+        (f"Its mean with nothing but the hottest fifth, {counts}", alone),
+    ):
+        for value, name in zip(others, peers, strict=True):
+            ratio = f"{grad_cam / value:.2f} ×" if value > 0 else ""
+            bench.row(what, f"{grad_cam:.3f}", f"{value:.3f}: {name}", ratio)
     if network.class_count == len(CLASS_NAMES):
         placed, stretched, area = energy_on_flower(network, bench.masked_per_class)
         count = bench.masked_per_class * 5
@@ -1008,6 +1016,33 @@ def measure_trust(bench):
             bench.row(
                 what, f"{placed.mean():.1%}", f"{peer.mean():.1%}: {name}", spread(placed / peer)
             )
+
+
+def measure_concepts(bench):
+    """How far the concepts of the given model stand for it, and what they cost."""
+    if not bench.model_file:
+        bench.row("Concepts", "not measured", "needs a trained model: --model FILE")
+        return
+    network, photos, labels = network_and_test(bench)
+    chosen = np.random.default_rng(0).permutation(len(photos))[: study.CONCEPT_PHOTOS]
+    batches = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
+    layer = [network.heatmap_layer]
+    found = [
+        network.activations(np.stack([photos[k] for k in some]).astype("float32"), layer)[0]
+        for some in batches
+    ]
+    feature_maps = np.concatenate(found)
+    for count in (*study.CONCEPT_COUNTS, None):
+        start = time.perf_counter()
+        concepts = study.factorize(network, feature_maps, count)
+        took = time.perf_counter() - start
+        which = f"{count} concepts" if count else f"the rule: {len(concepts.vectors)} concepts"
+        bench.row(
+            f"Concepts of {len(chosen)} test photos, {which}",
+            f"{concepts.kept:.1%} keep their class",
+            f"{concepts.explained:.1%} of the activations' squares explained",
+            f"{took:.1f} s",
+        )
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -1080,6 +1115,7 @@ COMPARISONS = {
     "drawing": compare_drawing,
     "gradcam": compare_gradcam,
     "trust": measure_trust,
+    "concepts": measure_concepts,
     "page": measure_page,
 }
 
