@@ -1023,7 +1023,7 @@ def measure_concepts(bench):
     if not bench.model_file:
         bench.row("Concepts", "not measured", "needs a trained model: --model FILE")
         return
-    network, photos, labels = network_and_test(bench)
+    network, photos, _ = network_and_test(bench)
     chosen = np.random.default_rng(0).permutation(len(photos))[: study.CONCEPT_PHOTOS]
     batches = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
     layer = [network.heatmap_layer]
