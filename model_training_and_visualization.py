@@ -604,6 +604,7 @@ def _holds_model(path):
 # ("scratch"). In fine-tuning and from scratch the rate warms up for a tenth of the steps, then
 # falls to 0 along a cosine.
 
+PHOTOS_WATCHED = 5  # of a class each: where the model looks in them is kept after each epoch
 FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
 
 
@@ -816,7 +817,7 @@ def _shown_photos(photos, labels, class_names):
     for photo, label in zip(photos, labels, strict=True):
         jpeg = io.BytesIO()
         image = Image.fromarray(photo.astype("uint8"))
-        image.resize((PATCH_SIDE, PATCH_SIDE)).save(jpeg, "JPEG", quality=90)
+        image.resize((160, 160)).save(jpeg, "JPEG", quality=90)
         shown.append([class_names[label], base64.b64encode(jpeg.getvalue()).decode()])
     return shown
 
@@ -1558,7 +1559,6 @@ PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
 PLACES = 6  # rows and columns of a photo's places that are covered one by one
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
-PHOTOS_WATCHED = 5  # while the model learns, of a class each
 EPOCHS_SHOWN = 8  # of these
 
 
