@@ -305,6 +305,16 @@ def visit(browser, site, tmp_path):
     assert browser.problems == []
 
 
+def test_the_scale_holds_what_speaks_against_a_class_too(visit):
+    def strongly_against(run):
+        run["photos"][0]["heatmaps"][0]["against_peaks"] = [0, 9.0]
+
+    page = visit("photo=0", strongly_against)
+    # Where daisy is 0 and rose 1 it is 9 against rose: 8 in all, more than any peak.
+    scales = [re.findall(r"−?\d+", text) for text in page.texts("#panels .scale")]
+    assert scales == [["0", "8"], ["0", "8"], ["−8", "8"]]
+
+
 # ---- Concepts ------------------------------------------------------------------------------------
 
 
