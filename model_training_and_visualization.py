@@ -361,12 +361,10 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     class_names = class_folders(folder)
     if len(class_names) < 2:
         raise Stop(f"{printable(folder)}: needs two class folders or more.\n{remedy}")
-    files = [_photo_files(folder / name) for name in class_names]
-    empty = [printable(name) for name, found in zip(class_names, files, strict=True) if not found]
+    paths, labels = photos_of(folder, class_names)
+    empty = [printable(name) for k, name in enumerate(class_names) if k not in labels]
     if empty:
         raise Stop(f"{printable(folder)}: no photos in {', '.join(empty)}.\n{remedy}")
-    paths = [path for found in files for path in found]
-    labels = np.repeat(np.arange(len(files)), [len(found) for found in files])
     read = read or photo_reader(size)
     try:
         for _ in map_photos(paths, read, f"Checking {folder.name}"):
@@ -377,18 +375,24 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     return batches, class_names
 
 
-def _photo_files(folder):
-    """The sorted paths of the photos in a folder and its visible subfolders."""
-    files = filter(is_photo, folder.rglob("*"))
-    return sorted(path for path in files if not any(map(is_hidden, path.relative_to(folder).parts)))
-
-
 def _split_command(folder):
     """The command that fills the folder with train, validation and test."""
     words = ["python", "create_train_val_test.py", "PHOTOS", "--output", os.fspath(folder)]
     if any((folder / name).exists() for name in SPLITS):
         words.append("--overwrite")
     return pasteable(*words)
+
+
+def photos_of(folder, class_names):
+    """(paths, class indices) of the photos in class folders, sorted, without what is hidden."""
+    paths, labels = [], []
+    for label, name in enumerate(class_names):
+        of_class = folder / name
+        found = filter(is_photo, of_class.rglob("*"))
+        visible = [it for it in found if not any(map(is_hidden, it.relative_to(of_class).parts))]
+        paths += sorted(visible)
+        labels += [label] * len(visible)
+    return paths, np.array(labels, int)
 
 
 def photo_reader(size, decode=read_photo):
@@ -456,16 +460,11 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
 
     def apply_transform(self, x, transform_parameters):
         """Turn, shift, shear, zoom and mirror a (height, width, 3) float photo; see Keras."""
+        rest = dict(transform_parameters)
         if self.fill_mode == "nearest":  # the other modes stay with SciPy
-            names = ("theta", "tx", "ty", "shear", "zx", "zy")
-            affine = {
-                name: transform_parameters[name] for name in names if name in transform_parameters
-            }
-            x = _affine_warp(x, **affine)
-            transform_parameters = {
-                name: value for name, value in transform_parameters.items() if name not in names
-            }
-        return super().apply_transform(x, transform_parameters)
+            names = rest.keys() & {"theta", "tx", "ty", "shear", "zx", "zy"}
+            x = _affine_warp(x, **{name: rest.pop(name) for name in names})
+        return super().apply_transform(x, rest)
 
 
 def _affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
@@ -767,7 +766,8 @@ def train_and_save(options, build=build_model):
         settings = _run_settings(options, splits, phases)
         same = settings | {"classes": class_names}  # what a resumed run must have in common
         watched = _photos_to_watch(splits["validation"], options.seed)
-        checkpoints = Checkpoints(_checkpoint_folder(options.model), same, watched)
+        folder = options.model.with_name(f"{options.model.stem}_checkpoints")
+        checkpoints = Checkpoints(folder, same, watched)
         model = _train_from(options, splits, phases, checkpoints, build)
         photos, _ = splits["test"][0]
         network = Network(model)
@@ -844,9 +844,9 @@ def _describe(splits, class_names, phases, balance):
 
 def _run_settings(options, splits, phases):
     """What the training depends on, for its record."""
-    names = ("weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate")
-    names += ("balance",)
-    settings = {name: getattr(options, name) for name in (*names, "mixed_precision", "seed")}
+    names = ["weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate"]
+    names += ["balance", "mixed_precision", "seed"]
+    settings = {name: getattr(options, name) for name in names}
     settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
     settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
     settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
@@ -941,20 +941,6 @@ class Evaluation:
         # Who may name several classes is not right by chance alone, but by naming all.
         return not self.is_multi_label and self.accuracy <= self.chance
 
-    @property
-    def fewest_photos(self):
-        """The number of photos of the smallest class."""
-        return int(self.photos.min())
-
-    @property
-    def is_unbalanced(self):
-        return differ_in_size(self.photos)
-
-    @property
-    def has_few_photos(self):
-        """Whether a class has so few photos that each changes the result by much."""
-        return self.fewest_photos < FEW_PHOTOS
-
 
 def _shares(counts, totals):
     return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
@@ -1026,7 +1012,7 @@ def accuracy_text(evaluation):
     count = len(evaluation.labels)
     text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
     text += f" ({100 * low:.0f} to {percent(high)})"
-    if evaluation.is_unbalanced:
+    if differ_in_size(evaluation.photos):
         text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
     return text
 
@@ -1121,6 +1107,7 @@ def draw_evaluation(output, evaluation, record=None):
 ACTIVATION_COLOURS = LinearSegmentedColormap.from_list(
     "activation", ["#9be7ff", "#2a6fdb", "black", "#d9431e", "#ffe34d"]
 )
+GRID_COLUMNS = 16
 
 
 def activation_grid(model, photo, layer_name):
@@ -1131,21 +1118,7 @@ def activation_grid(model, photo, layer_name):
     """
     network = network_of(model)
     (activation,) = network.activations(network.as_batch(photo), [layer_name])
-    return _grid_sheet(activation[0])
-
-
-def _grid_sheet(activation):
-    """A sheet of the channels of an (h, w, channels) activation, 16 a row."""
-    return tile(_channel_tiles(activation), columns=_grid_columns(activation.shape[2]))
-
-
-def _grid_columns(channels):
-    return min(16, channels)
-
-
-def _grid_tile_side(channels):
-    """The side in pixels of a channel's tile, smaller where there are many."""
-    return int(np.clip(1800 / math.sqrt(channels), 24, 96))
+    return tile(_channel_tiles(activation[0]), GRID_COLUMNS)
 
 
 def _channel_tiles(activation):
@@ -1154,7 +1127,7 @@ def _channel_tiles(activation):
     Each channel has a scale of its own. One that is 0 everywhere becomes a light cross on grey.
     """
     channels = activation.shape[2]
-    side = _grid_tile_side(channels)
+    side = int(np.clip(1800 / math.sqrt(channels), 24, 96))  # smaller where there are many
     interpolation = cv2.INTER_AREA if activation.shape[0] > side else cv2.INTER_NEAREST
     tiles = np.empty((channels, side, side, 3), "uint8")
     for index in range(channels):
@@ -1179,32 +1152,28 @@ def draw_grids(output, network, explanation):
         Picture("OriginalImage.jpeg", explanation.name),
         Picture("ReLU.png", "ReLU keeps what is positive"),
     ]
-    chosen = network.nearest_convolutions(GRID_CONVOLUTIONS)
-    names = [name for it in chosen for name in (it.layer, it.activation)]
     batch = network.as_batch(explanation.pixels)
-    activations = dict(zip(names, network.activations(batch, names), strict=True))
-    for convolution in chosen:
-        sheets = {f"conv2d_{convolution.number}_grid.jpg": (convolution.layer, str(convolution))}
-        if convolution.activation != convolution.layer:
-            title = f"{convolution.activation}, after {convolution}"
-            file = f"activation_{convolution.number}_grid.jpg"
-            sheets[file] = (convolution.activation, title)
-        for file, (layer, title) in sheets.items():
-            (activation,) = activations[layer]
-            caption = _grid_caption(title, activation, explanation.name)
-            channels = activation.shape[2]
-            tiles = {"side": _grid_tile_side(channels), "columns": _grid_columns(channels)}
+    for convolution in network.nearest_convolutions(GRID_CONVOLUTIONS):
+        number, activation_layer = convolution.number, convolution.activation
+        sheets = [(f"conv2d_{number}_grid.jpg", convolution.layer, str(convolution))]
+        if activation_layer != convolution.layer:
+            title = f"{activation_layer}, after {convolution}"
+            sheets.append((f"activation_{number}_grid.jpg", activation_layer, title))
+        activations = network.activations(batch, [layer for _, layer, _ in sheets])
+        for (file, layer, title), (activation,) in zip(sheets, activations, strict=True):
             silent = ~activation.any((0, 1))
-            place = save_sheet(output / file, _grid_sheet(activation), caption)
-            sheet = sheet_facts(convolution, layer, tiles, silent, place)
-            pictures.append(Picture(file, caption, sheet))
+            caption = _grid_caption(title, activation, silent.sum(), explanation.name)
+            place = save_sheet(output / file, _channel_tiles(activation), GRID_COLUMNS, caption)
+            pictures.append(Picture(file, caption, sheet_facts(convolution, layer, silent, place)))
     return pictures
 
 
-def _grid_caption(title, activation, photo_name):
-    """Two lines: what the sheet of an (h, w, channels) activation shows, and its colours."""
+def _grid_caption(title, activation, silent, photo_name):
+    """Two lines: what the sheet of an (h, w, channels) activation shows, and its colours.
+
+    silent: how many channels are 0 everywhere.
+    """
     height, width, channels = activation.shape
-    silent = int((~activation.any((0, 1))).sum())
     which = {0: "no channel is", 1: "1 channel is"}.get(silent, f"{silent} channels are")
     firing = f"{which} 0 everywhere" + (" (crossed)" if silent else "")
     negative = "blue negative, " if activation.min() < 0 else ""
@@ -1235,6 +1204,7 @@ PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few step
 # the strongest pattern, from strong noise only what happens to lie there. A filter that stays
 # silent all the same is started again from stronger noise.
 PATTERN_STARTS = (4, 20, 60)
+PATTERN_COLUMNS = 8  # of a sheet
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
 # How far the image goes on beyond the canvas, in pixels. A filter that sees the zeros which pad
 # the edge of an image draws a frame there. A wider margin would take more time, and a filter hardly
@@ -1279,8 +1249,7 @@ def filter_patterns(
     fires = np.zeros(len(filters), bool)
     for attempt, strength in enumerate(PATTERN_STARTS):
         silent = np.flatnonzero(~fires)
-        for start in range(0, len(silent), FILTERS_AT_ONCE):
-            piece = silent[start : start + FILTERS_AT_ONCE]
+        for piece in batched(silent, FILTERS_AT_ONCE):
             noise = _start_noise(filters[piece], (seed, attempt), scale)
             coefficients = tf.constant(strength * noise)
             momentum = tf.zeros_like(coefficients)
@@ -1428,7 +1397,7 @@ def find_patterns(network, seed=0, progress=None, size=PATTERN_SIZE, steps=PATTE
 
 
 def draw_patterns(output, patterns):
-    """Draw a sheet of the patterns of a convolution, 8 a row: [Picture]."""
+    """Draw a sheet of the patterns of a convolution: [Picture]."""
     convolution, fires = patterns.convolution, patterns.fires
     count, silent = len(fires), int((~fires).sum())
     firing = f"{silent} never fired (red frame)" if silent else "all of them fire"
@@ -1439,11 +1408,8 @@ def draw_patterns(output, patterns):
     grey, red = 120, np.array([200, 50, 50])
     frames = np.where(fires[:, None, None, None], grey, red)
     file = f"conv2d_{convolution.number}_filters.jpg"
-    sheet = tile(patterns.pictures, columns=8, frames=frames)
-    place = save_sheet(output / file, sheet, caption)
-    tiles = {"side": patterns.pictures.shape[1], "columns": 8}
-    facts = sheet_facts(convolution, convolution.layer, tiles, ~fires, place)
-    return [Picture(file, caption, facts)]
+    place = save_sheet(output / file, patterns.pictures, PATTERN_COLUMNS, caption, frames)
+    return [Picture(file, caption, sheet_facts(convolution, convolution.layer, ~fires, place))]
 
 
 # ---- 7. What fires a filter: its pattern beside photos -------------------------------------------
@@ -1668,7 +1634,7 @@ class Deletion(NamedTuple):
     without_central: float  # the control: a part of the same size in the middle
 
 
-def deletions_of(network, explanation, predict=None):
+def deletions_of(network, explanation, predict):
     """The Deletion of a photo's heatmap, and that of its heatmap of all blocks, where it has one.
 
     predict: see probabilities_without.
@@ -1677,27 +1643,21 @@ def deletions_of(network, explanation, predict=None):
     heatmaps = [centred_blob(size), place_heatmap(explanation.heatmap, field, size)]
     if explanation.of_all_blocks is not None:
         heatmaps.append(explanation.of_all_blocks)
-    masks, predict = list(map(top_fraction, heatmaps)), predict or network.probabilities
-    without = probabilities_without(predict, [explanation.pixels] * len(masks), masks)
-    before, central, *hottest = (
-        float(it[explanation.class_index]) for it in [explanation.probabilities, *without]
-    )
+    masks = [top_fraction(heatmap) for heatmap in heatmaps]
+    without = probabilities_without(predict, explanation.pixels, masks)
+    before = float(explanation.probabilities[explanation.class_index])
+    central, *hottest = without[:, explanation.class_index].tolist()
     return [Deletion(before, of_heatmap, central) for of_heatmap in hottest]
 
 
-def probabilities_without(predict, photos, masks):
-    """Probabilities (n, classes) of n (height, width, 3) photos, each with its mask blurred away.
+def probabilities_without(predict, photo, masks):
+    """Probabilities (n, classes) of a (height, width, 3) photo with each of n masks blurred away.
 
     predict: a function of photos (n, height, width, 3), such as Network.probabilities. masks:
     (height, width) booleans. What is blurred still has its colour, but no shape.
     """
-    blurred = {
-        id(photo): cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
-        for photo in {id(photo): photo for photo in photos}.values()
-    }
-    pairs = zip(photos, masks, strict=True)
-    without = [np.where(mask[..., None], blurred[id(photo)], photo) for photo, mask in pairs]
-    return predict(np.stack(without))
+    blurred = cv2.GaussianBlur(photo.astype("float32"), (0, 0), max(photo.shape) / 12)
+    return predict(np.stack([np.where(mask[..., None], blurred, photo) for mask in masks]))
 
 
 def probabilities_without_places(predict, photo):
@@ -1713,7 +1673,7 @@ def probabilities_without_places(predict, photo):
         for row in range(PLACES)
         for column in range(PLACES)
     ]
-    without = probabilities_without(predict, [photo] * len(masks), masks)
+    without = probabilities_without(predict, photo, masks)
     return without.reshape(PLACES, PLACES, -1)
 
 
@@ -1754,13 +1714,9 @@ class Explanation:
     is_multi_label: bool = False
 
     @property
-    def predicted_index(self):
-        return int(self.probabilities.argmax())
-
-    @property
     def class_index(self):
         """The class explained: the true one, or where that is not known the predicted one."""
-        return self.predicted_index if self.true_index is None else self.true_index
+        return int(self.probabilities.argmax()) if self.true_index is None else self.true_index
 
     @property
     def contrast_index(self):
@@ -1768,32 +1724,11 @@ class Explanation:
         ranking = most_probable(self.probabilities)
         return int(ranking[ranking != self.class_index][0])
 
-    def heatmap_at(self, layer_name):
-        """The (h, w) heatmap of the class explained, at the end of a block."""
-        return np.maximum(0, self.uncut[layer_name][self.class_index])
-
     @property
     def heatmap(self):
         """The (h, w) heatmap of the class explained, at the model's last layer with positions."""
-        return np.maximum(0, self._uncut_at_last_layer[self.class_index])
-
-    @property
-    def contrast_heatmap(self):
-        """The (h, w) heatmap of the contrast class, at the same layer."""
-        return np.maximum(0, self._uncut_at_last_layer[self.contrast_index])
-
-    @property
-    def difference(self):
-        """(h, w): what speaks for the contrast class rather than for the class explained.
-
-        Below 0 it is the other way round: the uncut heatmap of the difference of their logits.
-        """
-        uncut = self._uncut_at_last_layer
-        return uncut[self.contrast_index] - uncut[self.class_index]
-
-    @property
-    def _uncut_at_last_layer(self):
-        return list(self.uncut.values())[-1]
+        *_, at_last_layer = self.uncut.values()
+        return np.maximum(0, at_last_layer[self.class_index])
 
     @property
     def class_name(self):
@@ -1919,15 +1854,15 @@ def draw_blocks(output, network, explanation):
     """Draw one photo's heatmaps block by block, each as a share of its own peak: [Picture]."""
     panels = [Panel(explanation, "the photo")]
     for name in network.blocks:
-        heatmap = explanation.heatmap_at(name)
+        heatmap = np.maximum(0, explanation.uncut[name][explanation.class_index])
         height, width = heatmap.shape
         peak = f"peak {heatmap.max():.2g}" if heatmap.any() else "empty"
         share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
         panels.append(Panel(explanation, f"{name}, {height} × {width}\n{peak}", share, field))
-    rows = [panels[start : start + 4] for start in range(0, len(panels), 4)]
     name = explanation.class_name
     caption = f"Grad-CAM for {name}, block by block, in {explanation.name}. {explanation.verdict}."
     label = f"share of the block's peak; 0: nothing for {name}"
+    rows = batched(panels, 4)
     save_panels(output / "CAM_layers.jpg", rows, caption, label, Normalize(0, 1))
     return [Picture("CAM_layers.jpg", caption)]
 
@@ -1944,10 +1879,11 @@ def draw_mistakes(output, network, explanations):
     field = network.receptive_fields[layer]
     rows, peak = [], 0
     for it in mistakes or explanations[-most:]:
+        other, own = (it.uncut[layer][k] for k in (it.contrast_index, it.class_index))
         titled = {
-            f"for {it.contrast_name}": it.contrast_heatmap,
-            f"for {it.class_name}": it.heatmap,
-            f"{it.contrast_name} rather\nthan {it.class_name}": it.difference,
+            f"for {it.contrast_name}": np.maximum(0, other),
+            f"for {it.class_name}": np.maximum(0, own),
+            f"{it.contrast_name} rather\nthan {it.class_name}": other - own,
         }
         peak = max(peak, *(np.abs(heatmap).max() for heatmap in titled.values()))
         row = [Panel(it, it.verdict.replace("; ", ";\n"))]
@@ -1955,19 +1891,13 @@ def draw_mistakes(output, network, explanations):
             title += "" if heatmap.any() else ": empty"
             row.append(Panel(it, title, heatmap, field))
         rows.append(row)
-    first_line = "What it nearly took for something else (it made no mistake)"
-    compared = "Grad-CAM for the next class, for the true one, and for one rather than the other"
+    told, other = "What it nearly took for something else (it made no mistake)", "the next class"
     if mistakes:
-        first_line = "What misled the model"
-        compared = "Grad-CAM for the class that it says, for the true one, and for one rather than"
-        compared += " the other"
+        told, other = "What misled the model", "the class that it says"
     if mistakes and mistakes[0].is_multi_label:
-        first_line = "Photos whose own class it does not name"
-        compared = (
-            "Grad-CAM for the most probable other class, for the true one, and for one rather"
-        )
-        compared += " than the other"
-    caption = f"{first_line}\n{compared}"
+        told, other = "Photos whose own class it does not name", "the most probable other class"
+    compared = f"Grad-CAM for {other}, for the true one, and for one rather than the other"
+    caption = f"{told}\n{compared}"
     norm = CenteredNorm(0, peak or 1)
     label = f"Grad-CAM at {layer}; 0: nothing"
     save_panels(output / "CAM_mistakes.jpg", rows, caption, label, norm, ACTIVATION_COLOURS)
@@ -2389,8 +2319,8 @@ class Survey:
         """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
         network, last = self.network, self.network.heatmap_layer
         found = []
-        for start in range(0, len(photos), PHOTOS_AT_ONCE):
-            feature_maps, *_ = self.extract(photos[start : start + PHOTOS_AT_ONCE])
+        for some in batched(photos, PHOTOS_AT_ONCE):
+            feature_maps, *_ = self.extract(some)
             (logits,) = network.compute(feature_maps, [LOGITS], start=last)
             found.append(network.to_probabilities(logits).numpy())
         return np.concatenate(found)
@@ -2424,11 +2354,12 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     # The sample comes first: concepts are found in the features of all its photos.
     sample = _concept_sample(labels, seed)
     others = np.setdiff1d(np.arange(len(paths)), sample)
-    kept = [features_and_peaks(numbers) for numbers in _batches(sample)]
+    of_sample = batched(sample, PHOTOS_AT_ONCE)
+    kept = [features_and_peaks(numbers) for numbers in of_sample]
     sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
     found = factorize(network, sample_features)
     surveyed = []
-    for numbers in [*_batches(sample), *_batches(others)]:
+    for numbers in [*of_sample, *batched(others, PHOTOS_AT_ONCE)]:
         feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
         of_batch = _look(network, feature_maps, labels[numbers], found)
         surveyed.append(of_batch | {"peaks": peaks})
@@ -2452,10 +2383,6 @@ def _concept_sample(labels, seed):
     """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
     known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
     return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
-
-
-def _batches(numbers):
-    return [numbers[k : k + PHOTOS_AT_ONCE] for k in range(0, len(numbers), PHOTOS_AT_ONCE)]
 
 
 def _look(network, feature_maps, labels, found):
@@ -2498,60 +2425,50 @@ def _traced_extractor(network, layer_names):
     return extract
 
 
-def _explain_photos(survey, numbers, at_once=2):
-    """{number: Explanation} of some photos of a survey, with heatmaps at the end of each block.
-
-    at_once: photos whose feature maps of all blocks are in memory together.
-    """
-    network, explained = survey.network, {}
-    forward = partial(network.compute, names=[*network.heatmap_layers, LOGITS])
-    for start in range(0, len(numbers), at_once):
-        some = numbers[start : start + at_once]
-        photos = np.stack([survey.read(survey.paths[k]) for k in some])
-        # The two most probable classes and the true one: each more costs a pass through the model.
-        true = np.where(survey.labels[some] < 0, survey.classes[some, 0], survey.labels[some])
-        classes = np.column_stack([survey.classes[some, :2], true])
-        if (classes[:, 2:] == classes[:, :2]).any(1).all():
-            classes = classes[:, :2]  # the true class need not be asked about twice
-        of_layers = uncut_grad_cam(forward, tf.constant(photos, tf.float32), classes)
-        for row, number in enumerate(some):
-            uncut = {
-                name: dict(zip(classes[row].tolist(), of_layer[row], strict=True))
-                for name, of_layer in zip(network.heatmap_layers, of_layers, strict=True)
-            }
-            photo = network.read_photo(survey.paths[number])
-            explained[number] = _explanation(
-                survey, number, photo, photos[row], uncut, by_all_blocks=True
-            )
-    return explained
-
-
-def _explanation(survey, number, photo, pixels, uncut, by_all_blocks=False):
+def explain(survey, number, by_block=True):
     """The Explanation of a photo of a survey, with the deletion score of its heatmap.
 
-    uncut: see Explanation; at the last layer all classes of the survey are added.
+    by_block: with heatmaps at the end of each block, too, and that of all blocks.
     """
-    label = int(survey.labels[number])
+    network, path, label = survey.network, survey.paths[number], int(survey.labels[number])
+    pixels = survey.read(path)
     at_last = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
-    last = survey.network.heatmap_layer
-    uncut = uncut | {last: at_last | uncut.get(last, {})}
+    of_blocks = _uncut_by_block(survey, number) if by_block else {}
     explanation = Explanation(
         name=survey.name(number),
-        photo=photo,
+        photo=network.read_photo(path) if by_block else pixels,
         pixels=pixels,
         class_names=[printable(class_name) for class_name in survey.class_names],
         probabilities=survey.probabilities[number],
         true_index=None if label < 0 else label,
-        uncut=uncut,
-        is_multi_label=survey.network.is_multi_label,
+        uncut=of_blocks | {network.heatmap_layer: at_last},
+        is_multi_label=network.is_multi_label,
     )
     if not explanation.heatmap.any():
         return explanation
-    if by_all_blocks:
-        heatmap = heatmap_of_all_blocks(survey.network, pixels, explanation.class_index)
+    if by_block:
+        heatmap = heatmap_of_all_blocks(network, pixels, explanation.class_index)
         explanation = replace(explanation, of_all_blocks=heatmap)
-    deletions = deletions_of(survey.network, explanation, survey.predict)
+    deletions = deletions_of(network, explanation, survey.predict)
     return replace(explanation, deletions=tuple(deletions))
+
+
+def _uncut_by_block(survey, number):
+    """{block: {class index: (h, w) uncut Grad-CAM}} of a photo, without the last layer.
+
+    Of its two most probable classes and the true one: each more costs a pass through the model.
+    """
+    network = survey.network
+    *blocks, _ = network.heatmap_layers
+    classes = [*survey.classes[number, :2].tolist(), int(survey.class_indices[number])]
+    classes = list(dict.fromkeys(classes))
+    forward = partial(network.compute, names=[*blocks, LOGITS])
+    photo = tf.constant(survey.read(survey.paths[number])[None], tf.float32)
+    of_blocks = uncut_grad_cam(forward, photo, np.array([classes]))
+    return {
+        block: dict(zip(classes, of_photo, strict=True))
+        for block, (of_photo,) in zip(blocks, of_blocks, strict=True)
+    }
 
 
 def draw_survey(
@@ -2584,7 +2501,7 @@ def explain_chosen(survey):
     """{photo number: Explanation} of the own photos, and then of some examples of the others."""
     examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
     known = [survey.own_count + index for index in examples]
-    return _explain_photos(survey, [*range(survey.own_count), *known])
+    return {k: explain(survey, k) for k in [*range(survey.own_count), *known]}
 
 
 NEAREST = 3  # training photos of a class that are shown beside a photo
@@ -2617,9 +2534,9 @@ def nearest_photos(survey, training, seed=0):
     # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
     with bfloat16_where_fast():
         extract = _traced_extractor(survey.network, [])
-        for start in range(0, len(chosen), PHOTOS_AT_ONCE):
+        for some in batched(chosen, PHOTOS_AT_ONCE):
             pixels = []
-            for k in chosen[start : start + PHOTOS_AT_ONCE]:
+            for k in some:
                 with contextlib.suppress(Stop):
                     pixels.append(survey.read(Path(paths[k])))
                     kept.append(k)
@@ -2628,7 +2545,8 @@ def nearest_photos(survey, training, seed=0):
                 features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
     if not kept:
         return None
-    similarity = _unit(survey.features) @ _unit(np.concatenate(features)).T
+    directions, others = map(keras.utils.normalize, (survey.features, np.concatenate(features)))
+    similarity = directions @ others.T
     return Nearest([Path(paths[k]) for k in kept], labels[kept], similarity)
 
 
@@ -2640,11 +2558,6 @@ def evenly_by_class(labels, most, seed=0):
         of_class = labels[order] == class_index
         rank_in_class[of_class] = np.arange(of_class.sum())
     return order[np.argsort(rank_in_class, kind="stable")[:most]].tolist()
-
-
-def _unit(features):
-    """Rows (n, channels) of length 1; rows of 0 stay."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def draw_pictures(output, survey, explained, patterns, record, progress):
@@ -2692,13 +2605,12 @@ def draw_strip(output, network, explanation, patterns):
     grid = _last_but_one(network.nearest_convolutions(GRID_CONVOLUTIONS))
     pattern = _last_but_one(patterns)
     sheet = activation_grid(network, explanation.pixels, grid.layer)
-    activations = _corner(sheet, sheet.shape[1] // _grid_columns(grid.channels))
-    sheet = tile(pattern.pictures, columns=8, frames=120)
+    activations = _corner(sheet, min(GRID_COLUMNS, grid.channels))
+    sheet = tile(pattern.pictures, PATTERN_COLUMNS, frames=120)
+    patterns = _corner(sheet, min(PATTERN_COLUMNS, len(pattern.pictures)))
     middle = {
         f"activations, convolution {grid.number}": activations,
-        f"what filters look for, convolution {pattern.convolution.number}": _corner(
-            sheet, sheet.shape[1] // 8
-        ),
+        f"what filters look for, convolution {pattern.convolution.number}": patterns,
     }
     field = network.receptive_fields[network.heatmap_layer]
     title = f"where it looks for {explanation.class_name}"
@@ -2712,8 +2624,9 @@ def _last_but_one(items):
     return items[max(0, len(items) - 2)]
 
 
-def _corner(sheet, side):
-    """A square of whole tiles, each so many pixels wide, from the top left corner of a sheet."""
+def _corner(sheet, columns):
+    """A square of whole tiles from the top left corner of a sheet of so many columns."""
+    side = sheet.shape[1] // columns
     tiles = max(1, min(400, *sheet.shape[:2]) // side)
     return sheet[: tiles * side, : tiles * side]
 
@@ -3383,6 +3296,7 @@ def tile(pictures, columns, frames=BACKGROUND, gap=TILE_GAP):
     frames: the colours of the frames, which broadcast to (n, h, w, 3); gap: their width in pixels.
     """
     count, height, width, _ = pictures.shape
+    columns = min(columns, count)
     rows = math.ceil(count / columns)
     sheet = np.full((rows * columns, height + 2 * gap, width + 2 * gap, 3), BACKGROUND, "uint8")
     sheet[:count] = frames
@@ -3401,11 +3315,12 @@ def in_square(picture, side):
     return square
 
 
-def save_sheet(path, sheet, title):
-    """Write a (height, width, 3) uint8 sheet, pixel for pixel, under its title.
+def save_sheet(path, pictures, columns, title, frames=BACKGROUND):
+    """Write (n, side, side, 3) uint8 pictures, pixel for pixel, as a sheet under its title.
 
-    Returns where it lies: {"file", "width" and "height" of the picture, "left", "top"}, in pixels.
+    frames: see tile. Returns how the sheet is cut again; see tiling.
     """
+    sheet = tile(pictures, columns, frames)
     title = wrap(title, max(8, sheet.shape[1] / 100))
     width = max(sheet.shape[1], *(math.ceil(100 * text_width(it)) for it in title.split("\n")))
     above = _title_picture(title, width + 2 * SHEET_BORDER)
@@ -3413,9 +3328,22 @@ def save_sheet(path, sheet, title):
     below[: sheet.shape[0], SHEET_BORDER : SHEET_BORDER + sheet.shape[1]] = sheet
     picture = np.concatenate([above, below])
     save_image(path, picture, **JPEG)
-    height, width = picture.shape[:2]
-    place = {"left": SHEET_BORDER, "top": len(above)}
-    return {"file": path.name, "width": width, "height": height} | place
+    return tiling(path, picture, pictures, columns, SHEET_BORDER, len(above), TILE_GAP)
+
+
+def tiling(path, picture, tiles, columns, left=0, top=0, gap=0):
+    """Where the tiles lie in the picture of a file, in pixels; the sheet begins at left and top."""
+    side = tiles.shape[1]
+    return {
+        "file": path.name,
+        "width": picture.shape[1],
+        "height": picture.shape[0],
+        "left": left + gap,
+        "top": top + gap,
+        "tile": side,
+        "pitch": side + 2 * gap,
+        "columns": min(columns, len(tiles)),
+    }
 
 
 @figure_style
@@ -3714,6 +3642,11 @@ def text_width(text):
     return width / 72
 
 
+def batched(items, size):
+    """The items in lists of that size, the last one maybe smaller: itertools' from Python 3.12."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def percent(share):
     return f"{100 * share:.0f} %"
 
@@ -3781,7 +3714,7 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     """
     stored, listed = _stored_photos(survey, explained)
     detailed = stored[: min(DETAILED_PHOTOS, listed)]
-    in_detail = {k: explained.get(k) or _explain_at_last_layer(survey, k) for k in detailed}
+    in_detail = {k: explained.get(k) or explain(survey, k, by_block=False) for k in detailed}
     facts = _run_facts(survey, record, command)
     facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
     facts["concepts"] = _concept_facts(survey, stored)
@@ -3852,8 +3785,8 @@ def _warnings_about(evaluation):
     found = []
     if evaluation and evaluation.is_no_better_than_chance:
         found.append("⚠ It does no better than chance: its pictures show little learning.")
-    if evaluation and evaluation.has_few_photos:
-        fewest = evaluation.fewest_photos
+    fewest = min(evaluation.photos) if evaluation else math.inf
+    if fewest < FEW_PHOTOS:
         found.append(f"⚠ A class has only {fewest} test photos: each changes the result by much.")
     return found
 
@@ -3929,12 +3862,6 @@ def _photo_facts(output, survey, explained, stored, listed, progress):
         photos.append(photo)
     counts = {"photo_count": len(survey.paths), "places": PLACES}
     return {**counts, "photos": photos, **sheets}
-
-
-def _explain_at_last_layer(survey, number):
-    """The Explanation of a photo from what the survey knows: without the blocks before."""
-    pixels = survey.read(survey.paths[number])
-    return _explanation(survey, number, pixels, pixels, {})
 
 
 def _doubtful_first(survey):
@@ -4092,8 +4019,8 @@ def _save_photos(output, paths, decode, listed, progress):
     quality = 66 if len(paths) <= LISTED_PHOTOS else 50
     entries, ratios, thumbnails = [], [], []
     with ThreadPoolExecutor(cores()) as pool:
-        for start in range(0, len(paths), PHOTO_COLUMNS**2):
-            squares = pool.map(partial(_squeezed, decode), paths[start : start + PHOTO_COLUMNS**2])
+        for some in batched(paths, PHOTO_COLUMNS**2):
+            squares = pool.map(partial(_squeezed, decode), some)
             tiles, some_ratios = zip(*squares, strict=True)
             path = output / f"photos_{len(entries) + 1}.jpg"
             entries.append(_save_tiles(path, np.stack(tiles), PHOTO_COLUMNS, quality))
@@ -4122,12 +4049,10 @@ def _thumbnail(square, ratio):
 
 
 def _save_tiles(path, tiles, columns, quality):
-    """Write (n, side, side, 3) uint8 tiles edge to edge: the entry of the sheet."""
-    columns, side = min(columns, len(tiles)), tiles.shape[1]
+    """Write (n, side, side, 3) uint8 tiles edge to edge; returns their tiling."""
     sheet = tile(tiles, columns, gap=0)
     save_image(path, sheet, quality=quality, optimize=True)
-    place = {"left": 0, "top": 0, "tile": side, "pitch": side, "columns": columns}
-    return {"file": path.name, "width": sheet.shape[1], "height": sheet.shape[0]} | place
+    return tiling(path, sheet, tiles, columns)
 
 
 def _picture_facts(output, survey, detailed, pictures, stored, progress):
@@ -4151,16 +4076,13 @@ def _picture_facts(output, survey, detailed, pictures, stored, progress):
     }
 
 
-def sheet_facts(convolution, layer, tiles, silent, place):
-    """How the page cuts a sheet of a layer: tile k, in reading order, is filter or channel k.
+def sheet_facts(convolution, layer, silent, place):
+    """What the page needs to cut a sheet of a layer, whose tile k is filter or channel k.
 
-    tiles: their {"side" in pixels, "columns"}. silent: (n,) booleans. place: see save_sheet.
+    silent: (n,) booleans. place: see tiling.
     """
-    corner = {"left": place["left"] + TILE_GAP, "top": place["top"] + TILE_GAP}
-    cut = {"tile": tiles["side"], "pitch": tiles["side"] + 2 * TILE_GAP}
     count = {"count": len(silent), "silent": np.flatnonzero(silent).tolist()}
-    facts = place | corner | cut | {"columns": tiles["columns"]} | count
-    return {"convolution": asdict(convolution), "layer": layer} | facts
+    return {"convolution": asdict(convolution), "layer": layer} | place | count
 
 
 def _convolution_entries(pictures):
@@ -4215,8 +4137,8 @@ def _activation_maps(survey, numbers, at_once=8):
     """
     tiles = {layer: [] for layer in survey.peaks}
     colours = matplotlib.colormaps[HEATMAP_COLOURS]
-    for start in range(0, len(numbers), at_once):
-        pixels = [survey.read(survey.paths[k]) for k in numbers[start : start + at_once]]
+    for some in batched(numbers, at_once):
+        pixels = [survey.read(survey.paths[k]) for k in some]
         _, *activations = survey.extract(np.stack(pixels).astype("float32"))
         for layer, activation in zip(survey.peaks, activations, strict=True):
             highest = np.maximum(survey.peaks[layer].values.max(0), 1e-12)
@@ -4656,10 +4578,10 @@ def load_saved(path):
         if new == old and "OpLambda" not in json.dumps(old):
             raise
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, path.name)
-            _copy_with_description(path, copy, new)
-            return keras.saving.load_model(copy, compile=False)
+        kind = keras.Sequential if new["class_name"] == "Sequential" else keras.Model
+        model = kind.from_config(new["config"])
+        model.load_weights(path)
+        return model
     except Exception as error:
         raise Stop(
             f"was saved by Keras 2; Keras 3 cannot load it: {_failure(error)}.\n"
@@ -4682,19 +4604,6 @@ def _description(path):
             return json.loads(archive.read("config.json"))
     with h5py.File(path) as file:
         return json.loads(file.attrs["model_config"])
-
-
-def _copy_with_description(path, copy, description):
-    """Write a saved model's file anew, with another configuration."""
-    text = json.dumps(description)
-    if path.suffix == ".keras":
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as new:
-            for name in archive.namelist():
-                new.writestr(name, text if name == "config.json" else archive.read(name))
-    else:
-        shutil.copyfile(path, copy)
-        with h5py.File(copy, "r+") as file:
-            file.attrs["model_config"] = text
 
 
 def _in_keras_3(part):
@@ -4760,14 +4669,17 @@ def warn_of_pixels(survey, name, option):
     logits = _logits_by_pixels(network, photos)
     right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
     best = max(right, key=lambda pixels: right[pixels].sum())
-    more, fewer = np.sum(right[best] & ~right_now), np.sum(right_now & ~right[best])
-    if _is_no_chance(more, fewer):
+    from scipy.stats import binomtest  # which takes a second to load
+
+    differ = right[best] != right_now
+    more = np.sum(right[best][differ])
+    if more and binomtest(more, differ.sum(), alternative="greater").pvalue < 0.001:
         print(
             f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
             f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
         )
         return
-    gaps = {pixels: np.median(np.ptp(_two_highest(it), axis=1)) for pixels, it in logits.items()}
+    gaps = {it: np.median(np.diff(np.sort(logits[it])[:, -2:])) for it in logits}
     gap = gaps.pop(network.pixels)
     others = [
         option.format(pixels)
@@ -4792,21 +4704,9 @@ def _logits_by_pixels(network, photos):
 
     found = {}
     for pixels in PIXELS[:3] if network.is_grey else PIXELS:
-        seen = _first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))[0]
-        pieces = [seen[k : k + PHOTOS_AT_ONCE] for k in range(0, len(photos), PHOTOS_AT_ONCE)]
-        found[pixels] = np.concatenate([logits_of(piece).numpy() for piece in pieces])
+        (seen,) = _first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))
+        found[pixels] = np.concatenate([logits_of(it) for it in batched(seen, PHOTOS_AT_ONCE)])
     return found
-
-
-def _is_no_chance(more, fewer):
-    """Whether a sign test takes it for no chance that so many of more + fewer differ one way."""
-    from scipy.stats import binomtest  # which takes a second to load
-
-    return more > fewer and binomtest(more, more + fewer, alternative="greater").pvalue < 0.001
-
-
-def _two_highest(logits):
-    return np.sort(logits, axis=1)[:, -2:]
 
 
 def without_folders(words):
@@ -4823,9 +4723,7 @@ def training_photos(folder, class_names):
     """
     if not folder.is_dir() or class_folders(folder) != class_names:
         return None
-    files = [_photo_files(folder / name) for name in class_names]
-    labels = np.repeat(np.arange(len(files)), list(map(len, files)))
-    return [path for found in files for path in found], labels
+    return photos_of(folder, class_names)
 
 
 def photos_and_labels(own_photos, test):
@@ -4848,22 +4746,13 @@ def report(survey, options):
             metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
             _write_json(file, read_record(file) | {"test": metrics})
     for path, probabilities in zip(options.photos, survey.probabilities, strict=False):
-        print(_prediction_line(path, probabilities, survey.class_names), flush=True)
-
-
-def _prediction_line(path, probabilities, class_names):
-    """The most probable classes of a photo in a line: "cat.jpg: rose 69 %, daisy 29 %"."""
-    best = most_probable(probabilities)[:3]
-    named = (f"{printable(class_names[k])} {percent(probabilities[k])}" for k in best)
-    return f"{printable(path.name)}: {', '.join(named)}"
+        best = most_probable(probabilities)[:3]
+        named = (f"{printable(survey.class_names[k])} {percent(probabilities[k])}" for k in best)
+        print(f"{printable(path.name)}: {', '.join(named)}", flush=True)
 
 
 def history_file(model_file):
     return model_file.with_name(f"{model_file.stem}_history.json")
-
-
-def _checkpoint_folder(model_file):
-    return model_file.with_name(f"{model_file.stem}_checkpoints")
 
 
 def read_record(path):

@@ -938,10 +938,9 @@ def mean_falls(network, photos, labels):
     photos, labels, count = [photos[k] for k in marking], np.asarray(labels)[marking], len(marking)
 
     def probabilities(masks):
-        batches = [slice(start, start + 32) for start in range(0, count, 32)]
         scores = [
-            study.probabilities_without(network.probabilities, photos[it], masks[it])
-            for it in batches
+            study.probabilities_without(network.probabilities, photo, [mask])
+            for photo, mask in zip(photos, masks, strict=True)
         ]
         return np.concatenate(scores)[range(count), labels]
 

@@ -1037,15 +1037,12 @@ def test_one_pair_is_called_the_most_confused_only_when_it_is_one(confusion, nam
     assert [int(number) for number in re.findall(r"\d+", sentence)] == numbers
 
 
-def test_guessing_and_the_smallest_class_are_counted_by_true_classes():
+def test_the_chance_of_guessing_is_that_of_the_true_classes():
     labels = np.repeat([0, 1], [30, 10])
     evaluation = study.Evaluation(CLASSES[:2], labels, np.eye(2)[np.ones(40, int)])  # all say rose
     assert evaluation.largest_share == 0.75
     # Two deviations of 40 guesses of which three of four are right.
     assert evaluation.chance == pytest.approx(0.75 + 2 * np.sqrt(0.75 * 0.25 / 40))
-    assert evaluation.fewest_photos == 10 and not evaluation.has_few_photos
-    fewer = study.Evaluation(CLASSES[:2], labels[:-1], np.eye(2)[labels[:-1]])
-    assert fewer.fewest_photos == 9 and fewer.has_few_photos
 
 
 # ---- Found before the first epoch ----
