@@ -2005,8 +2005,7 @@ def draw_learning(output, network, record):
         peak = max(heatmap.max() for heatmap in heatmaps.values()) or 1
         pictures = []
         for epoch, heatmap in heatmaps.items():
-            when = f"epoch {epoch}" if epoch else "before"
-            when += ", kept" if epoch == kept else ""
+            when = {0: "before", kept: f"kept, {kept}"}.get(epoch, f"epoch {epoch}")
             share = place_heatmap(heatmap / peak, field, network.input_size)
             text = f"{when}: {percent(looks['probabilities'][epoch][row])}"
             pictures.append((overlay(photo, share), text))
