@@ -3763,7 +3763,7 @@ LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
 DETAILED_PHOTOS = 24  # the first ones: with a deletion score and activation maps
-COVERED_PHOTOS = 6  # of these, own ones, mistakes and the least sure: place by place
+COVERED_PHOTOS = 4  # of these, own ones, mistakes and the least sure: place by place
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80
