@@ -1935,8 +1935,7 @@ def draw_learning(output, network, record):
         peak = max(heatmap.max() for heatmap in heatmaps.values()) or 1
         pictures = []
         for epoch, heatmap in heatmaps.items():
-            when = f"epoch {epoch}" if epoch else "before"
-            when += ", kept" if epoch == kept else ""
+            when = {0: "before", kept: f"kept, {kept}"}.get(epoch, f"epoch {epoch}")
             share = place_heatmap(heatmap / peak, field, network.input_size)
             text = f"{when}: {percent(looks['probabilities'][epoch][row])}"
             pictures.append((overlay(photo, share), text))
@@ -3697,7 +3696,7 @@ LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
 DETAILED_PHOTOS = 24  # the first ones: with a deletion score and activation maps
-COVERED_PHOTOS = 6  # of these, own ones, mistakes and the least sure: place by place
+COVERED_PHOTOS = 4  # of these, own ones, mistakes and the least sure: place by place
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80

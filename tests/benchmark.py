@@ -582,7 +582,7 @@ def measure_first_run(bench):
         loss, accuracy = re.search(r"Test: loss ([\d.]+)  accuracy ([\d.]+)", printed).groups()
         bench.model_file, bench.given_data = file, drawn
         network, photos, labels = network_and_test(bench)
-        (fall, blob, _), _ = mean_falls(network, photos, labels)
+        (fall, _, blob, _), _, _ = mean_falls(network, photos, labels)
         placed, _, area = energy_on_flower(network, bench.masked_per_class)
         energy = placed.mean() / area.mean()
         figures.append((float(accuracy), float(loss), taken, fall, blob, energy))

@@ -6,6 +6,7 @@ pictures. What should stand there is worked out in known_model.py, without the s
 
 import base64
 import csv
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from known_model import (
     WIDTH,
     class_weights,
     known_model,
+    placed,
     read_run,
+    top_fifth,
     write_photos,
 )
 from matplotlib.text import Text
@@ -40,7 +43,35 @@ import model_training_and_visualization as study
 
 SEED, PATTERN_SIZE, PATTERN_STEPS = 3, 32, 4
 PAGE = Path(study.__file__).with_name("Images") / "index.html"
+
+
+def one_bright_position(row, column, value):
+    heatmap = np.zeros((4, 7))
+    heatmap[row, column] = value
+    return heatmap.tolist()
+
+
+def as_jpeg(photo):
+    """A photo as base64 of a square JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(photo).resize((160, 160)).save(file, "JPEG", quality=95)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# Of two photos before the first of four epochs and after each: probability and heatmap.
+LOOKS = {
+    "photos": [
+        ["azure", as_jpeg(TEST_PHOTOS["azure/a.png"][1])],
+        ["ruby", as_jpeg(TEST_PHOTOS["ruby/c.png"][1])],
+    ],
+    "probabilities": [[0.31, 0.22], [0.42, 0.11], [0.53, 0.94], [0.64, 0.87], [0.75, 0.06]],
+    "heatmaps": [
+        [one_bright_position(k % 4, k, k / 2), one_bright_position(3 - k % 4, 6 - k, 2)]
+        for k in range(5)
+    ],
+}
 RECORD = {
+    "looks": LOOKS,
     "history": {
         "loss": [1.5, 0.9, 0.6, 0.5],
         "accuracy": [0.3, 0.6, 0.7, 0.9],
@@ -557,7 +588,7 @@ def shown(request):
 def test_the_overlay_has_the_colours_of_the_bar_where_each_position_looks(shown):
     drawn, number, known = shown
     picture = drawn.pixels(f"CAM_{number}.jpeg")
-    (photo, top, _), (positions, positions_top, _), (overlay, _, _) = panels(picture)
+    (photo, top, _), (positions, positions_top, _), (overlay, _, _), *more = panels(picture)
     # The photo as it is, in its own proportions (not flatter than 0.4 and not steeper than 2.5).
     height, width = known.photo.shape[:2]
     assert photo.shape[0] / photo.shape[1] == pytest.approx(height / width, abs=0.03)
@@ -568,6 +599,13 @@ def test_the_overlay_has_the_colours_of_the_bar_where_each_position_looks(shown)
     grey = where_positions_look(photo).mean(2, keepdims=True)
     expected = laid_over(grey, "inferno", shares)
     np.testing.assert_allclose(where_positions_look(overlay), expected, atol=22)
+    assert bool(more) == heatmap.any()
+    for of_all_blocks, *_ in more:
+        fine = study.heatmap_of_all_blocks(known_model(), known.pixels, known.explained_class)
+        rows, columns = (MIDDLE + STRIDE * np.arange(count) for count in heatmap.shape)
+        fine = fine[np.ix_(rows.astype(int), columns.astype(int))] / fine.max()
+        expected_there = laid_over(grey, "inferno", fine)
+        np.testing.assert_allclose(where_positions_look(of_all_blocks), expected_there, atol=45)
     # The positions alone, each a stride wide around where it looks, over grey.
     expected = laid_over(127, "inferno", shares)
     np.testing.assert_allclose(at_positions(positions, (4, 7)), expected, atol=16)
@@ -591,6 +629,12 @@ def test_a_heatmap_is_titled_with_its_class_and_captioned_with_verdict_and_score
     caption = drawn.caption(f"CAM_{number}.jpeg")
     assert known.name in caption and entry["verdict"] in caption and entry["worth"] in caption
     assert any(known.name in text and entry["verdict"][:12] in text for text in texts(figure))
+    if "all blocks" in caption:
+        fine = study.heatmap_of_all_blocks(known_model(), known.pixels, known.explained_class)
+        without = known.with_blurred(top_fifth(fine.astype(float)))[known.explained_class]
+        before, _, central = known.deletion()
+        scores = numbers_in(caption.split("all blocks")[1])
+        np.testing.assert_allclose(scores, [before, without, central], atol=0.011)
     scale = figure.axes[-1]
     peak = known.heatmap(known.explained_class).max() or 1
     np.testing.assert_allclose(scale.get_ylim(), (0, peak), rtol=1e-3)
@@ -757,6 +801,86 @@ def test_a_class_is_drawn_with_its_strongest_concepts_and_what_its_logit_loses(t
         for (_, part, fall), (_, by_hand, change) in zip(drawn, expected, strict=True):
             assert int(part.removesuffix(" %")) == pytest.approx(100 * by_hand, abs=1.5)
             assert float(fall.removeprefix("logit ")) == pytest.approx(change, abs=0.1)
+
+
+def tiles_of(figure):
+    """{(row, column): (text, (160, 160, 3) picture)} of a figure of rows, and its row labels."""
+    (axes,) = figure.axes
+    sheet = np.asarray(axes.images[0].get_array())
+    texts = [(it.get_position(), it.get_text()) for it in axes.texts]
+    left = min(x for (x, _), text in texts)
+    labels = {round(y): text for (x, y), text in texts if x == left}
+    rows = sorted(labels)
+    tiles = {}
+    for (x, y), text in texts:
+        if x > left:
+            row = max(k for k, middle in enumerate(rows) if middle < y)
+            top, start = round(y) - 164, round(x) - 80
+            tiles.setdefault(row, []).append((text, sheet[top : top + 160, start : start + 160]))
+    return [labels[y] for y in rows], tiles
+
+
+def test_each_row_of_concepts_shows_its_photos_lit_where_the_concept_lies(tested, concepts):
+    _, maps = concepts
+    labels, tiles = tiles_of(tested.figures["concepts.jpg"])
+    for row, label in enumerate(labels):
+        concept = int(re.search(r"concept (\d+)", label)[1])
+        held = {name: maps[name][..., concept].sum() for name in maps}
+        strongest = sorted(held, key=held.get, reverse=True)[: len(tiles[row])]
+        assert [text for text, _ in tiles[row]] == [name.split("/")[0] for name in strongest]
+        for name, (_, tile) in zip(strongest, tiles[row], strict=True):
+            known = tested.known[name]
+            height = round(160 * min(1, known.photo.shape[0] / known.photo.shape[1]))
+            width = round(160 * min(1, known.photo.shape[1] / known.photo.shape[0]))
+            top, left = (160 - height) // 2, (160 - width) // 2
+            shown = tile[top : top + height, left : left + width].astype(float)
+            light = placed(maps[name][..., concept] / maps[name][..., concept].max())
+            for at in (light.argmax(), light.argmin()):
+                y, x = np.unravel_index(at, light.shape)
+                expected = known.pixels[y, x] * (0.15 + 0.85 * light[y, x])
+                pixel = shown[int((y + 0.5) * height / HEIGHT), int((x + 0.5) * width / WIDTH)]
+                np.testing.assert_allclose(pixel, expected, atol=25)
+
+
+def test_the_worst_mistake_is_taken_apart_into_concepts_for_both_classes(tested, concepts):
+    labels, tiles = tiles_of(tested.figures["CAM_concepts.jpg"])
+    known = tested.known["emerald/d.png"]
+    named = {CLASSES[known.predicted]: known.predicted, CLASSES[known.label]: known.label}
+    expected = []
+    for name, class_index in named.items():
+        shares = shares_by_hand(concepts, known, class_index)
+        parts = shares[:-1] / np.maximum(0, shares).sum()
+        strongest = [k for k in np.argsort(-parts)[:4] if parts[k] >= 0.05]
+        expected += [(name, k, 100 * parts[k]) for k in strongest]
+    assert len(labels) == 1 + len(expected)
+    for row, (name, concept, part) in enumerate(expected, start=1):
+        of_class, number, share = labels[row].split("\n")
+        assert name in of_class and number == f"concept {concept}"
+        assert numbers_in(share)[0] == pytest.approx(part, abs=1.1)
+        assert tiles[row][0][0] == "here" and len(tiles[row]) > 1
+    caption = tested.caption("CAM_concepts.jpg")
+    assert "emerald/d.png" in caption and f"says {CLASSES[known.predicted]}" in caption
+    assert round(expected[0][2]) in numbers_in(caption)
+
+
+def test_how_it_learnt_to_look_is_shown_epoch_by_epoch_each_photo_on_one_scale(tested):
+    labels, tiles = tiles_of(tested.figures["learning.jpg"])
+    assert labels == ["azure", "ruby"]
+    for row in range(2):
+        texts = [text for text, _ in tiles[row]]
+        shares = [round(100 * of_epoch[row]) for of_epoch in LOOKS["probabilities"]]
+        assert [numbers_in(text)[-1] for text in texts] == shares
+        assert [numbers_in(text)[:-1] for text in texts] == [[], [1], [2], [3], [4]]
+        assert [index for index, text in enumerate(texts) if "kept" in text] == [2]
+        peak = max(np.max(of_epoch[row]) for of_epoch in LOOKS["heatmaps"])
+        for epoch, (_, tile) in enumerate(tiles[row]):
+            heatmap = np.array(LOOKS["heatmaps"][epoch][row])
+            r, c = np.unravel_index(heatmap.argmax(), heatmap.shape)
+            y, x = (MIDDLE + STRIDE * r) / HEIGHT, (MIDDLE + STRIDE * c) / WIDTH
+            colour = np.array(matplotlib.colormaps["inferno"](heatmap.max() / peak)[:3])
+            # 0.6 of the colour of its value, the rest is the photo in grey.
+            grey = tile[int(160 * y), int(160 * x)] - 0.6 * 255 * colour
+            assert np.ptp(grey) < 40 and 0 < grey.mean() < 110
 
 
 # ---- Evaluation, training, the run at a glance ---------------------------------------------------
