@@ -235,41 +235,35 @@ START_UP_LINES = (
     "oneDNN custom operations are on",
     "Could not find cuda drivers on your machine",
 )
-KEEPER = """
-import os, sys
-text = b""
-while not text.endswith(b"\\0"):
-    part = os.read(0, 65536)
-    if not part:  # the other side has crashed
-        break
-    text += part
+FILTER = """
+import sys
 known = [words.encode() for words in sys.argv[1:]]
-lines = text.removesuffix(b"\\0").splitlines(keepends=True)
-harmless = all(any(words in line for words in known) for line in lines)
-if not (text.endswith(b"\\0") and harmless):
-    os.write(2, b"".join(lines))
+for line in sys.stdin.buffer:
+    if not any(words in line for words in known):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
 """
 
 
 @contextlib.contextmanager
 def without_lines(known):
-    """Keep what comes on the standard error, and pass it on whole unless every line is known.
+    """Leave out the lines on the standard error that hold known words.
 
-    known: words, of which each line that is known holds some. Another process keeps the text, so
-    that it comes even if this one crashes, as TensorFlow does on a processor that it cannot use.
+    Another process passes on the others, so that they come even if this one crashes, as TensorFlow
+    does on a processor that it cannot use.
     """
-    command = [sys.executable, "-I", "-S", "-c", KEEPER, *known]
+    command = [sys.executable, "-I", "-S", "-c", FILTER, *known]
     # A session of its own, as Ctrl-C would end it too.
-    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    others = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     stderr = os.dup(2)
-    os.dup2(keeper.stdin.fileno(), 2)
+    os.dup2(others.stdin.fileno(), 2)
     try:
         yield
     finally:
         sys.stderr.flush()
         os.dup2(stderr, 2)
         os.close(stderr)
-        keeper.communicate(b"\0")
+        others.communicate()
 
 
 @without_lines(START_UP_LINES)
@@ -522,23 +516,13 @@ def _backbone(scaled, weights):
         try:
             weights = imagenet_weights()
         except OSError as error:
-            raise Stop(_imagenet_failure(error), exit_code=1) from error
+            raise Stop(imagenet_failure(error), exit_code=1) from error
     base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
     if weights != "none":
         return load_backbone_weights(base, Path(weights))
     if base.output.shape[1] < FEWEST_POSITIONS:
         return without_last_stride(base)
     return base
-
-
-def _imagenet_failure(error):
-    """The message where ImageNet's weights cannot be fetched: where from, why, other choices."""
-    address = imagenet_address()
-    return (
-        f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
-        f"Put that file by hand at {printable(cached_file(address))},\n"
-        "or start from a file with --weights FILE, or from scratch with --weights none."
-    )
 
 
 def without_last_stride(base):
@@ -558,67 +542,12 @@ def without_last_stride(base):
     return keras.models.clone_model(base, base.inputs, with_stride_1)
 
 
-def load_backbone_weights(base, path):
-    """Give the backbone the weights of a file. Returns it, with the strides of the file's model.
-
-    The file is a .keras or .h5 model whose backbone is InceptionV3, or weights without a classifier
-    on top: .weights.h5, or the …_notop.h5 that Keras downloads. Raises Stop for other files.
-    """
-    name = printable(path)
-    if not path.is_file():
-        choices = "Give imagenet, none, or a file of InceptionV3's weights."
-        raise Stop(f"--weights {name}: no such file. {choices}")
-    try:
-        if not _holds_model(path):
-            with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
-                base.load_weights(path)
-            return base
-        saved = load_saved(path)
-        backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
-        poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
-        if any(layer.strides == (1, 1) for layer in poolings):
-            base = without_last_stride(base)
-        base.set_weights(backbone.get_weights())
-        return base
-    except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        raise Stop(
-            f"--weights {name}: does not hold InceptionV3's weights.\n"
-            "Give a model of this script, a .weights.h5 file without a classifier on top, or\n"
-            "Keras's own inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5."
-        ) from error
-
-
-def _holds_model(path):
-    """Whether a file holds a model, its graph and its weights, and not weights alone."""
-    if path.suffix == ".keras":
-        return True
-    with h5py.File(path) as file:
-        return "model_config" in file.attrs
-
-
 # ---- 3. Training: first the head, then the upper blocks ------------------------------------------
 # Pretrained layers know edges, petals and textures; a new head knows nothing, and its first wild
 # gradients would spoil them. So the head learns alone on the frozen base ("head"), then the upper
 # blocks follow at a low learning rate ("fine-tuning"). From scratch all layers learn at once
 # ("scratch"). In fine-tuning and from scratch the rate warms up for a tenth of the steps, then
 # falls to 0 along a cosine.
-
-PHOTOS_WATCHED = 5  # of a class each: where the model looks in them is kept after each epoch
-FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
-
-
-def differ_in_size(counts):
-    """Whether the largest of classes with so many photos has more than twice the smallest's."""
-    return max(counts) > 2 * min(counts)
-
-
-def balancing_weights(labels):
-    """{class index: weight of its photos in the loss}: all classes weigh alike, 1 in the mean.
-
-    labels: (n,) class indices, with each class among them.
-    """
-    counts = np.bincount(labels)
-    return dict(enumerate((len(labels) / (len(counts) * counts)).tolist()))
 
 
 @dataclass(frozen=True)
@@ -659,7 +588,7 @@ def train(model, splits, phases, checkpoints, balance=False):
     becomes NaN or the memory runs out.
     """
     batches = splits["train"]
-    weights = balancing_weights(batches.labels) if balance else None
+    weights = _balancing_weights(batches.labels) if balance else None
     for phase in phases:
         if checkpoints.epochs >= phase.end_epoch:
             continue
@@ -692,6 +621,32 @@ def train(model, splits, phases, checkpoints, balance=False):
             raise
 
 
+def freeze(model, phase):
+    """Let the phase's layers learn, and no others; BatchNormalization with batch_statistics only.
+
+    A frozen BatchNormalization scales by the moving mean and variance that came with the weights,
+    in training as in validation. It stays so in all phases but that from scratch: the head learns
+    on features that are scaled that way, and would have to learn again if they changed when the
+    blocks are unfrozen.
+    """
+    frozen = []
+    if phase.freeze_below != "none":
+        last_frozen = _last_layer_below(model, phase.freeze_below)
+        frozen = keras.Model(model.input, last_frozen.output).layers
+    for layer in model.layers:
+        normalizes = isinstance(layer, layers.BatchNormalization)
+        layer.trainable = layer not in frozen and (phase.batch_statistics or not normalizes)
+
+
+def _balancing_weights(labels):
+    """{class index: weight of its photos in the loss}: all classes weigh alike, 1 in the mean.
+
+    labels: (n,) class indices, with each class among them.
+    """
+    counts = np.bincount(labels)
+    return dict(enumerate((len(labels) / (len(counts) * counts)).tolist()))
+
+
 def _compile_for(model, phase, steps_per_epoch):
     """Freeze what the phase freezes; set the loss, and an Adam at the phase's learning rate.
 
@@ -718,23 +673,6 @@ def _compile_for(model, phase, steps_per_epoch):
     model.reset_metrics()
 
 
-def freeze(model, phase):
-    """Let the phase's layers learn, and no others; BatchNormalization with batch_statistics only.
-
-    A frozen BatchNormalization scales by the moving mean and variance that came with the weights,
-    in training as in validation. It stays so in all phases but that from scratch: the head learns
-    on features that are scaled that way, and would have to learn again if they changed when the
-    blocks are unfrozen.
-    """
-    frozen = []
-    if phase.freeze_below != "none":
-        last_frozen = _last_layer_below(model, phase.freeze_below)
-        frozen = keras.Model(model.input, last_frozen.output).layers
-    for layer in model.layers:
-        normalizes = isinstance(layer, layers.BatchNormalization)
-        layer.trainable = layer not in frozen and (phase.batch_statistics or not normalizes)
-
-
 def _last_layer_below(model, block):
     """The layer that ends what comes before a block, or before the head."""
     if block == "head":
@@ -745,117 +683,13 @@ def _last_layer_below(model, block):
     return model.get_layer(BLOCKS[BLOCKS.index(block) - 1])
 
 
-def train_and_save(options, build=build_model):
-    """Train, and save the model of the best epoch. Returns what open_saved returns."""
-    require_writable(options.model.parent)
-    require_whole_split(options.data)
-    if options.quick:
-        options = quick_options(options)
-    size = (options.image_size, options.image_size)
-    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
-    phases = training_phases(
-        options.epochs, options.weights, options.freeze_below, options.learning_rate
-    )
-    _describe(splits, class_names, phases, options.balance)
-    options.model.parent.mkdir(parents=True, exist_ok=True)
-    lock = options.model.with_name(f".{options.model.name}.lock")
-    busy = (
-        f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
-    )
-    with locked(lock, busy):
-        settings = _run_settings(options, splits, phases)
-        same = settings | {"classes": class_names}  # what a resumed run must have in common
-        watched = _photos_to_watch(splits["validation"], options.seed)
-        folder = options.model.with_name(f"{options.model.stem}_checkpoints")
-        checkpoints = Checkpoints(folder, same, watched)
-        model = _train_from(options, splits, phases, checkpoints, build)
-        photos, _ = splits["test"][0]
-        network = Network(model)
-        require_finite(*network.activations(photos, [network.heatmap_layer, LOGITS]))
-        with replace_when_whole(options.model) as partial_path:
-            model.save(partial_path)
-        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
-        record["looks"] = checkpoints.looks | {"photos": _shown_photos(*watched, class_names)}
-        _write_json(history_file(options.model), record)
-        shutil.rmtree(checkpoints.folder)
-    return model, class_names, splits["test"], record
-
-
-def _train_from(options, splits, phases, checkpoints, build):
-    """Train from the start, or from the newest checkpoint: the model of the best epoch."""
-    newest = next(checkpoints.newest(), None)
-    if newest and not options.resume:
-        _, saved = newest
-        epochs = len(saved["history"]["loss"])
-        folder = printable(checkpoints.folder)
-        print(f"{folder} holds an interrupted run of {epochs} epochs. To go on with it, press")
-        print("Ctrl-C and add --resume. Otherwise this run deletes it after its first epoch.")
-    keras.utils.clear_session()  # the names of the layers count from the start again
-    keras.utils.set_random_seed(options.seed)
-    keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
-    with training_strategy().scope():
-        model = build(splits["train"].class_count, options.image_size, options.weights)
-        if options.resume:
-            checkpoints.resume(model)
-        train(model, splits, phases, checkpoints, options.balance)
-    keras.config.set_dtype_policy("float32")
-    best = checkpoints.file_of(checkpoints.best_epoch)
-    return in_float32(keras.saving.load_model(best, compile=False))
-
-
-def _photos_to_watch(batches, seed):
-    """Photos (n, height, width, 3) float32 and labels (n,): one each of some classes, by seed."""
-    order = np.random.default_rng(seed).permutation(len(batches.paths))
-    _, first = np.unique(batches.labels[order], return_index=True)
-    chosen = order[first[:PHOTOS_WATCHED]]
-    return np.stack([batches.photo(index) for index in chosen]), batches.labels[chosen]
-
-
-def _shown_photos(photos, labels, class_names):
-    """[[class name, the photo as base64 of a small JPEG]]"""
-    shown = []
-    for photo, label in zip(photos, labels, strict=True):
-        jpeg = io.BytesIO()
-        image = Image.fromarray(photo.astype("uint8"))
-        image.resize((160, 160)).save(jpeg, "JPEG", quality=90)
-        shown.append([class_names[label], base64.b64encode(jpeg.getvalue()).decode()])
-    return shown
-
-
-def _describe(splits, class_names, phases, balance):
-    """Print what is about to be trained, and warnings: of few photos, or classes unlike in size."""
-    counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
-    stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
-    names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
-    print(f"Photos: {counts}. Classes: {names}. Epochs: {stretches}.", flush=True)
-    for split in ("validation", "test"):
-        fewest = np.bincount(splits[split].labels).min()
-        if fewest < FEW_PHOTOS:
-            few = f"{split} has a class of {fewest} photos"
-            print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
-    sizes = np.bincount(splits["train"].labels)
-    if differ_in_size(sizes):
-        largest, smallest = (
-            f"{sizes[k]} of {printable(class_names[k])}" for k in (sizes.argmax(), sizes.argmin())
-        )
-        remedy = "weighed alike (--balance)" if balance else "--balance lets them weigh alike"
-        print(f"The classes differ in size ({largest}, {smallest}): {remedy}.")
-
-
-def _run_settings(options, splits, phases):
-    """What the training depends on, for its record."""
-    names = ["weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate"]
-    names += ["balance", "mixed_precision", "seed"]
-    settings = {name: getattr(options, name) for name in names}
-    settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
-    settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
-    settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
-    return settings
-
-
 # ---- 4. Evaluation: what the model gets right and wrong ------------------------------------------
 # The test photos took no part in training, nor in the choice of the best epoch: their metrics tell
 # how the model does on photos that it has never met. They are computed once, at the end.
+
+
+FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
+CONFIDENCE_BINS = 10  # of the same width, from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -946,6 +780,11 @@ def _shares(counts, totals):
     return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
 
 
+def differ_in_size(counts):
+    """Whether the largest of classes with so many photos has more than twice the smallest's."""
+    return max(counts) > 2 * min(counts)
+
+
 def predicted_classes(probabilities, is_multi_label=False):
     """(n, classes) booleans: the most probable class; in a multi-label model all from 0.5 up."""
     if is_multi_label:
@@ -1000,9 +839,8 @@ def evaluation_report(evaluation):
         error = calibration_error(evaluation)
         lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
     if evaluation.is_no_better_than_chance:
-        lines.append(
-            "Warning: this accuracy is no better than chance; train longer, on more photos."
-        )
+        remedy = "train longer, on more photos"
+        lines.append(f"Warning: this accuracy is no better than chance; {remedy}.")
     return "\n".join(lines)
 
 
@@ -1035,9 +873,6 @@ def most_confused(confusion, names):
     if len(pairs) == 1:
         return f"Most confused: {named}, {photos} of {confusion[pairs[0]].sum()} photos."
     return f"Most confused: {named}, {photos} {'photo' if photos == 1 else 'photos'} each."
-
-
-CONFIDENCE_BINS = 10  # of the same width, from 0 to 1
 
 
 def reliability(evaluation):
@@ -1388,7 +1223,7 @@ def find_patterns(network, seed=0, progress=None, size=PATTERN_SIZE, steps=PATTE
     found = []
     for convolution in network.nearest_convolutions(PATTERN_CONVOLUTIONS):
         count = min(FILTERS_DRAWN, convolution.channels)
-        tell = partial(progress.tell_filters, convolution, count) if progress else None
+        tell = progress and partial(progress.tell_filters, convolution, count, len(found))
         pictures, fires = filter_patterns(
             network, convolution.layer, range(count), seed, size=size, steps=steps, on_progress=tell
         )
@@ -1444,13 +1279,10 @@ def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
     return [int(index) for index in strongest if peaks.values[index, filter_index] > 0]
 
 
-def most_selective(peaks, count=EXAMPLE_FILTERS):
-    """Numbers of the filters whose best photos stand out most, the most selective first.
-
-    A filter that fires on no photo is left out.
-    """
+def most_selective(peaks):
+    """Numbers of the EXAMPLE_FILTERS most selective filters, without those that never fire."""
     selectivity = selectivity_of(peaks)
-    ranking = np.argsort(-selectivity, kind="stable")[:count]
+    ranking = np.argsort(-selectivity, kind="stable")[:EXAMPLE_FILTERS]
     return [int(index) for index in ranking if selectivity[index] >= 0]
 
 
@@ -1467,8 +1299,8 @@ def selectivity_of(peaks):
     return selectivity
 
 
-def cut_patch(photo, size, field, position, side=PATCH_SIDE):
-    """What one position of a layer sees of a photo: (side, side, 3) uint8 RGB.
+def cut_patch(photo, size, field, position):
+    """What one position of a layer sees of a photo: (PATCH_SIDE, PATCH_SIDE, 3) uint8 RGB.
 
     photo: (height, width, 3) uint8. size: the model's input, to which the photo is squeezed. field:
     the layer's receptive field, which is clipped to the photo. The patch keeps the photo's shape.
@@ -1478,7 +1310,7 @@ def cut_patch(photo, size, field, position, side=PATCH_SIDE):
     start = np.floor((middle - reach) * to_photo + 1e-6).astype(int).clip(0)
     end = np.ceil((middle + reach) * to_photo - 1e-6).astype(int).clip(start + 1)
     seen = photo[start[0] : end[0], start[1] : end[1]]
-    return in_square(seen, side)
+    return in_square(seen, PATCH_SIDE)
 
 
 def draw_examples(output, network, patterns, peaks, paths):
@@ -1771,21 +1603,21 @@ def _classes_in_question(probabilities, labels):
 
 def verdict(class_names, probabilities, true_index, is_multi_label=False):
     """What the model says of a photo and, where that is known (not None), what is true."""
-    first, second = most_probable(probabilities)[:2]
+    ranking = most_probable(probabilities)
+    first, second = ranking[:2]
     named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
+    said = f"It says {named[first]}"
     if is_multi_label:
         (predicted,) = predicted_classes(probabilities[None], is_multi_label)
-        several = [k for k in most_probable(probabilities)[:5] if predicted[k]]
-        said = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
-        said = f"It says {said}" if several else f"It says none of its classes; {named[first]}"
+        several = [k for k in ranking[:5] if predicted[k]]
+        listed = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
+        said = f"It says {listed or f'none of its classes; {named[first]}'}"
         if true_index in several:
             return f"{said}; its class is {class_names[true_index]}"
     elif true_index is None:
-        return f"It says {named[first]}; {named[second]}"
+        return f"{said}; {named[second]}"
     elif first == true_index:
-        return f"It says {named[first]}, and is right"
-    else:
-        said = f"It says {named[first]}"
+        return f"{said}, and is right"
     if true_index is None:
         return said
     share = percent(probabilities[true_index])
@@ -1826,15 +1658,10 @@ def draw_heatmaps(output, network, explanations):
         if len(explanation.deletions) > 1:
             caption += f"\nBy all blocks: {deletion_caption(explanation, 1)}"
         height, width = heatmap.shape
+        title = f"Grad-CAM for {name}, {height} × {width}"
         panels = [
             Panel(explanation, "the photo"),
-            Panel(
-                explanation,
-                f"Grad-CAM for {name}, {height} × {width}",
-                heatmap,
-                field,
-                positions=True,
-            ),
+            Panel(explanation, title, heatmap, field, positions=True),
             Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
         ]
         norm = Normalize(0, heatmap.max() or 1)
@@ -2196,10 +2023,8 @@ def draw_evidence(output, survey, number):
     strongest = {class_index: evidence(survey, number, class_index) for class_index in shown}
     if not strongest[predicted]:
         return []
-    labels, rows = (
-        ["the photo"],
-        [[(in_square(survey.network.read_photo(survey.paths[number]), PATCH_SIDE), "")]],
-    )
+    photo = survey.network.read_photo(survey.paths[number])
+    labels, rows = ["the photo"], [[(in_square(photo, PATCH_SIDE), "")]]
     for class_index, concepts_of_class in strongest.items():
         for concept, part in concepts_of_class:
             name = printable(survey.class_names[class_index])
@@ -2353,29 +2178,20 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     # The sample comes first: concepts are found in the features of all its photos.
     sample = _concept_sample(labels, seed)
     others = np.setdiff1d(np.arange(len(paths)), sample)
-    of_sample = batched(sample, PHOTOS_AT_ONCE)
-    kept = [features_and_peaks(numbers) for numbers in of_sample]
+    first = batched(sample, PHOTOS_AT_ONCE)
+    kept = [features_and_peaks(numbers) for numbers in first]
     sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
     found = factorize(network, sample_features)
     surveyed = []
-    for numbers in [*of_sample, *batched(others, PHOTOS_AT_ONCE)]:
+    for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
         feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
         of_batch = _look(network, feature_maps, labels[numbers], found)
         surveyed.append(of_batch | {"peaks": peaks})
     back = np.argsort(np.concatenate([sample, others]))
     joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
-    return Survey(
-        network,
-        extract,
-        class_names,
-        paths,
-        read,
-        labels,
-        concepts=found,
-        sample=sample,
-        sample_features=sample_features,
-        **joined,
-    )
+    given = (network, extract, class_names, paths, read, labels)
+    of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
+    return Survey(*given, **of_sample, **joined)
 
 
 def _concept_sample(labels, seed):
@@ -2501,62 +2317,6 @@ def explain_chosen(survey):
     examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
     known = [survey.own_count + index for index in examples]
     return {k: explain(survey, k) for k in [*range(survey.own_count), *known]}
-
-
-NEAREST = 3  # training photos of a class that are shown beside a photo
-TRAINING_PHOTOS = 300  # at most, that these are looked for among
-
-
-@dataclass(frozen=True)
-class Nearest:
-    """The training photos that each of n photos is most like, class by class."""
-
-    paths: list  # of the training photos that were looked at, m
-    labels: np.ndarray  # (m,) their class indices
-    similarity: np.ndarray  # (n, m) cosine of the means of the last feature maps
-
-    def of_class(self, number, class_index):
-        """Indices of the NEAREST training photos of a class, the most alike first."""
-        of_class = np.flatnonzero(self.labels == class_index)
-        order = np.argsort(-self.similarity[number, of_class], kind="stable")
-        return of_class[order[:NEAREST]].tolist()
-
-
-def nearest_photos(survey, training, seed=0):
-    """The Nearest of a survey's photos, among TRAINING_PHOTOS by seed, evenly of all classes.
-
-    training: (paths, class indices). Photos that do not decode are left out; None without any.
-    """
-    paths, labels = list(training[0]), np.asarray(training[1], int)
-    kept, features = [], []
-    chosen = evenly_by_class(labels, TRAINING_PHOTOS, seed)
-    # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
-    with bfloat16_where_fast():
-        extract = _traced_extractor(survey.network, [])
-        for some in batched(chosen, PHOTOS_AT_ONCE):
-            pixels = []
-            for k in some:
-                with contextlib.suppress(Stop):
-                    pixels.append(survey.read(Path(paths[k])))
-                    kept.append(k)
-            if pixels:
-                (feature_maps,) = extract(np.stack(pixels).astype("float32"))
-                features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
-    if not kept:
-        return None
-    directions, others = map(keras.utils.normalize, (survey.features, np.concatenate(features)))
-    similarity = directions @ others.T
-    return Nearest([Path(paths[k]) for k in kept], labels[kept], similarity)
-
-
-def evenly_by_class(labels, most, seed=0):
-    """Indices of at most so many labels, drawn by seed, as many of each class as it has."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    rank_in_class = np.zeros(len(labels), int)
-    for class_index in np.unique(labels):
-        of_class = labels[order] == class_index
-        rank_in_class[of_class] = np.arange(of_class.sum())
-    return order[np.argsort(rank_in_class, kind="stable")[:most]].tolist()
 
 
 def draw_pictures(output, survey, explained, patterns, record, progress):
@@ -2691,13 +2451,11 @@ class Network:
 
     def __init__(self, model, open_side=299, pixels=PIXELS[0]):
         shape, outputs = getattr(model, "input_shape", None), getattr(model, "outputs", None) or []
+        needed = "The pictures need a"
         if len(outputs) != 1 or isinstance(shape, list | dict):
-            raise Stop(
-                "The pictures need a functional or Sequential model of one input and one output."
-            )
+            raise Stop(f"{needed} functional or Sequential model of one input and one output.")
         if len(shape) != 4 or shape[3] not in (1, 3):
-            needed = "a model that takes RGB or grey photos"
-            raise Stop(f"The pictures need {needed}; this one takes {shape[1:]}.")
+            raise Stop(f"{needed} model that takes RGB or grey photos; this one takes {shape[1:]}.")
         self.input_size = tuple(side or open_side for side in shape[1:3])  # height, width in pixels
         self.is_grey, self.pixels = shape[3] == 1, pixels
         self.steps = [_first_step(pixels, self.is_grey)]
@@ -2795,21 +2553,13 @@ class Network:
     @cached_property
     def convolutions(self):
         """All convolutions whose output has positions, in the order of the graph."""
-        found = [
-            step
-            for step in self.steps
-            if isinstance(step.operation, CONVOLUTIONS) and step.name in self.receptive_fields
-        ]
-        return [
-            Convolution(
-                number,
-                len(found),
-                step.name,
-                self._activation_of(step),
-                self.shapes[step.results[0]][-1],
-            )
-            for number, step in enumerate(found, start=1)
-        ]
+        kinds = [step for step in self.steps if isinstance(step.operation, CONVOLUTIONS)]
+        found = [step for step in kinds if step.name in self.receptive_fields]
+        chosen = []
+        for number, step in enumerate(found, start=1):
+            names, channels = (step.name, self._activation_of(step)), self.shapes[step.results[0]]
+            chosen.append(Convolution(number, len(found), *names, channels[-1]))
+        return chosen
 
     def convolution(self, name):
         """The Convolution of this name. Raises Stop if there is none."""
@@ -2846,13 +2596,9 @@ class Network:
         merges the last layer of each resolution.
         """
         fields = self.receptive_fields
-        names = [
-            step.name
-            for step in self.steps
-            if _merges(step)
-            and step.name in fields
-            and not all(map(_merges, self._consumers[step.results[0]]))
-        ]
+        merges = [step for step in self.steps if _merges(step) and step.name in fields]
+        ends = [it for it in merges if not all(map(_merges, self._consumers[it.results[0]]))]
+        names = [step.name for step in ends]
         if not names:
             start = list(fields).index(self.convolutions[0].layer)
             of_resolution = {self.positions(name): name for name in list(fields)[start:]}
@@ -3214,9 +2960,8 @@ def _keeps_positions(layer, before, after):
     """
     if len(after) == 2:
         return after == before
-    if len(after) != 3 or isinstance(
-        layer, layers.GlobalAveragePooling2D | layers.GlobalMaxPooling2D
-    ):
+    gathering = layers.GlobalAveragePooling2D | layers.GlobalMaxPooling2D
+    if len(after) != 3 or isinstance(layer, gathering):
         return False
     windows = hasattr(layer, "kernel_size") or hasattr(layer, "pool_size")
     return windows or after[:2] != (1, 1) or before == (1, 1)
@@ -3251,11 +2996,9 @@ def _field_after(layer, before, after):
 
 def _union(fields):
     """The smallest receptive field that covers several, as after a merge."""
-    centres, sizes = (
-        np.array([getattr(field, name) for field in fields]) for name in ("centre", "size")
-    )
-    start = (centres - (sizes - 1) / 2).min(0)
-    end = (centres + (sizes - 1) / 2).max(0)
+    centres = np.array([field.centre for field in fields])
+    reaches = (np.array([field.size for field in fields]) - 1) / 2
+    start, end = (centres - reaches).min(0), (centres + reaches).max(0)
     centre, size = ((start + end) / 2).tolist(), (end - start + 1).tolist()
     return ReceptiveField(tuple(centre), fields[0].stride, tuple(size))
 
@@ -3263,11 +3006,177 @@ def _union(fields):
 def require_finite(*arrays):
     """Raises Stop where an array holds nan or infinity."""
     if not all(np.isfinite(array).all() for array in arrays):
-        raise Stop(
-            "The model is of no use: what it computes for a photo are no finite numbers.\n"
-            "Train one with a smaller --learning-rate.",
-            exit_code=1,
-        )
+        reason = "what it computes for a photo are no finite numbers"
+        remedy = "Train one with a smaller --learning-rate."
+        raise Stop(f"The model is of no use: {reason}.\n{remedy}", exit_code=1)
+
+
+# ---- Checkpoints, and the machine ----------------------------------------------------------------
+
+METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Keeps whole epochs in a folder, so that an interrupted run can go on.
+
+    A checkpoint is one .keras file with weights, optimizer, settings and history. Unlike Keras's
+    BackupAndRestore it is never written in place. The last two epochs stay, in case the last cannot
+    be read, and with each the epoch that was the best by then. Raises Stop where the loss is NaN.
+
+    watched: photos (n, height, width, 3) and their labels (n,). Before the first epoch and after
+    each, where the model looks for their class is added to `looks`; see heatmaps_of.
+    """
+
+    RECORD = "record.json"  # in the file, beside what Keras writes: settings, history and looks
+
+    def __init__(self, folder, settings, watched=None):
+        super().__init__()
+        self.folder, self.settings, self.watched = folder, settings, watched
+        self.run_name = f"{time.time_ns():x}"  # sorts later runs after earlier ones
+        self.history = {name: [] for name in METRICS}
+        self.looks = {"probabilities": [], "heatmaps": []}
+
+    @property
+    def epochs(self):
+        """How many epochs are done."""
+        return len(self.history["loss"])
+
+    @property
+    def best_epoch(self):
+        """The epoch of the lowest validation loss, counted from 1; 0 before the first."""
+        return int(np.argmin(self.history["val_loss"])) + 1 if self.epochs else 0
+
+    def file_of(self, epoch):
+        return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"
+
+    def on_train_begin(self, logs=None):
+        if self.watched and not self.looks["heatmaps"]:
+            self.looks = self._looks_now()
+
+    def _looks_now(self):
+        """The looks so far, and those of now."""
+        if self.watched is None:
+            return self.looks
+        found = heatmaps_of(Network(self.model), *self.watched)
+        probabilities = [round(probability, 4) for probability, _ in found]
+        heatmaps = [np.round(heatmap, 5).tolist() for _, heatmap in found]
+        return {
+            "probabilities": [*self.looks["probabilities"], probabilities],
+            "heatmaps": [*self.looks["heatmaps"], heatmaps],
+        }
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
+            rate = f"at learning rate {float(self.model.optimizer.learning_rate):.2g}"
+            best = printable(self.file_of(self.best_epoch))
+            kept = f"Best weights so far: {best}. " if self.epochs else ""
+            remedy = f"{kept}Train with a smaller --learning-rate."
+            raise Stop(f"The loss became NaN in epoch {epoch + 1} {rate}.\n{remedy}", exit_code=1)
+        history = {name: [*values, float(logs[name])] for name, values in self.history.items()}
+        looks = self._looks_now()
+        record = json.dumps({"settings": self.settings, "history": history, "looks": looks})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replace_when_whole(self.file_of(epoch + 1)) as partial_path:
+            self.model.save(partial_path)
+            with zipfile.ZipFile(partial_path, "a") as archive:
+                archive.writestr(self.RECORD, record)
+        before = {self.epochs, self.best_epoch}
+        self.history, self.looks = history, looks
+        kept = {self.file_of(number) for number in before | {self.epochs, self.best_epoch}}
+        for file in set(self.folder.glob("*.keras")) - kept:
+            file.unlink()
+
+    def newest(self):
+        """Yield (file, record) of each epoch that can be read, the newest one first."""
+        for file in sorted(self.folder.glob("*_epoch_*.keras"), reverse=True):
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    record = json.loads(archive.read(self.RECORD))
+                yield file, {name: record[name] for name in ("settings", "history", "looks")}
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
+
+    def resume(self, model):
+        """Load the newest epoch that can be read into an uncompiled model.
+
+        Raises Stop if there is none, or its settings differ.
+        """
+        folder = printable(self.folder)
+        for file, record in self.newest():
+            settings = record["settings"]
+            different = [
+                f"{name} {settings.get(name)}, not {value}"
+                for name, value in self.settings.items()
+                if settings.get(name) != value
+            ]
+            if different:
+                message = f"--resume: the run in {folder} had {'; '.join(different)}."
+                raise Stop(f"{message}\nGive the same, or leave out --resume to start a new run.")
+            try:
+                model.load_weights(file)
+            except Exception:  # a damaged file can fail in many ways
+                print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
+                continue
+            self.run_name = file.name.partition("_epoch_")[0]
+            self.history, self.looks = record["history"], record["looks"]
+            return
+        message = f"--resume: no epoch in {folder} can be read."
+        raise Stop(f"{message}\nLeave out --resume to start a new run.")
+
+
+def prepare_libraries():
+    """Set what a settings file may say otherwise: a model that is saved so could not be drawn."""
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def tell_of_unused_gpu(gpus, driver="/proc/driver/nvidia", programs=None):
+    """Print how TensorFlow is to see an NVIDIA card where there is one and it sees none.
+
+    gpus: those that it sees; programs: the folders in which nvidia-smi may lie, as in $PATH.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
+    card = Path(driver).exists() or shutil.which("nvidia-smi", path=programs)
+    if card and not gpus and not hidden:
+        install = f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
+        print(f"The NVIDIA card is not used: {install} makes it seen, on Windows only in WSL2.")
+
+
+def half_precision():
+    """Keras's dtype policy for half precision, or for full where the machine lacks it."""
+    if tf.config.list_physical_devices("GPU"):
+        return "mixed_float16"
+    if computes_in_bfloat16():
+        return "mixed_bfloat16"
+    print("--mixed-precision: no GPU, nor a CPU known to compute in bfloat16; float32 is used.")
+    return "float32"
+
+
+def computes_in_bfloat16():
+    """Whether the CPU is known to have instructions for bfloat16."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().split() if cpu.is_file() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+@contextlib.contextmanager
+def bfloat16_where_fast():
+    """Convolve in bfloat16 on CPUs that are made for it: a third faster, and no eye sees it."""
+    option = "auto_mixed_precision_onednn_bfloat16"
+    tf.config.optimizer.set_experimental_options({option: computes_in_bfloat16()})
+    try:
+        yield
+    finally:
+        tf.config.optimizer.set_experimental_options({option: False})
+
+
+def training_strategy():
+    """Mirrors the model over all GPUs (or logical CPUs) where there are several."""
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if len(devices) > 1:
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()
 
 
 # ---- Figures and sheets --------------------------------------------------------------------------
@@ -3650,28 +3559,19 @@ def percent(share):
     return f"{100 * share:.0f} %"
 
 
-class Progress:
+class Progress(rich.progress.Progress):
     """Tells what is being drawn: one bar on a terminal, a line for each picture elsewhere."""
 
     def __init__(self):
         self.on_terminal = sys.stdout.isatty()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self.bar = rich.progress.Progress(*columns, transient=True, disable=not self.on_terminal)
-        sheets = len(PATTERN_CONVOLUTIONS)
-        self.task = self.bar.add_task("", total=sheets * FILTERS_DRAWN)
+        super().__init__(*columns, transient=True, disable=not self.on_terminal)
+        self.task = self.add_task("", total=len(PATTERN_CONVOLUTIONS) * FILTERS_DRAWN)
 
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_):
-        self.bar.stop()
-
-    def tell_filters(self, convolution, count, done):
-        """Say how many of the filters of a sheet are drawn."""
+    def tell_filters(self, convolution, count, sheet, done):
+        """Say how many of the count filters are drawn of a sheet, counted from 0."""
         what = f"patterns of convolution {convolution.number}, {done}/{count}"
-        sheet = sorted({*PATTERN_CONVOLUTIONS, convolution.number}).index(convolution.number)
-        self.bar.update(self.task, description=what, completed=sheet * FILTERS_DRAWN + done)
+        self.update(self.task, description=what, completed=sheet * FILTERS_DRAWN + done)
 
     def tell_pictures(self, pictures):
         """Say that these pictures are drawn, and return them."""
@@ -3681,9 +3581,67 @@ class Progress:
 
     def tell(self, file):
         """Say that a file is written."""
-        self.bar.update(self.task, description=f"{Path(file).stem} is drawn")
+        self.update(self.task, description=f"{Path(file).stem} is drawn")
         if not self.on_terminal:
             print(file, flush=True)
+
+
+# ---- Which training photos a photo is like -------------------------------------------------------
+
+NEAREST = 3  # training photos of a class that are shown beside a photo
+TRAINING_PHOTOS = 300  # at most, that these are looked for among
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The training photos that each of n photos is most like, class by class."""
+
+    paths: list  # of the training photos that were looked at, m
+    labels: np.ndarray  # (m,) their class indices
+    similarity: np.ndarray  # (n, m) cosine of the means of the last feature maps
+
+    def of_class(self, number, class_index):
+        """Indices of the NEAREST training photos of a class, the most alike first."""
+        of_class = np.flatnonzero(self.labels == class_index)
+        order = np.argsort(-self.similarity[number, of_class], kind="stable")
+        return of_class[order[:NEAREST]].tolist()
+
+
+def nearest_photos(survey, training, seed=0):
+    """The Nearest of a survey's photos, among TRAINING_PHOTOS by seed, evenly of all classes.
+
+    training: (paths, class indices). Photos that do not decode are left out; None without any.
+    """
+    paths, labels = list(training[0]), np.asarray(training[1], int)
+    kept, features = [], []
+    chosen = evenly_by_class(labels, TRAINING_PHOTOS, seed)
+    # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
+    with bfloat16_where_fast():
+        extract = _traced_extractor(survey.network, [])
+        for some in batched(chosen, PHOTOS_AT_ONCE):
+            pixels = []
+            for k in some:
+                with contextlib.suppress(Stop):
+                    pixels.append(survey.read(Path(paths[k])))
+                    kept.append(k)
+            if pixels:
+                (feature_maps,) = extract(np.stack(pixels).astype("float32"))
+                features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
+    if not kept:
+        return None
+    directions, others = map(keras.utils.normalize, (survey.features, np.concatenate(features)))
+    similarity = directions @ others.T
+    return Nearest([Path(paths[k]) for k in kept], labels[kept], similarity)
+
+
+def evenly_by_class(labels, most, seed=0):
+    """Indices of at most so many labels, drawn by seed, as many of each class as it has."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rank_in_class = np.zeros(len(labels), int)
+    for class_index in np.unique(labels):
+        of_class = labels[order] == class_index
+        rank_in_class[of_class] = np.arange(of_class.sum())
+    return order[np.argsort(rank_in_class, kind="stable")[:most]].tolist()
 
 
 # ---- The page: what it shows of the run ----------------------------------------------------------
@@ -4140,15 +4098,15 @@ def _patch_entries(peaks, index_of):
     return entries
 
 
-def _activation_maps(survey, numbers, at_once=8):
+def _activation_maps(survey, numbers):
     """{layer: tiles (n, MAP_SIDE, MAP_SIDE, 3) uint8} of the filters drawn, photo by photo.
 
     Black is 0, and a filter has one scale for all photos of the survey, so that they can be
-    compared. at_once: photos whose feature maps are in memory together.
+    compared.
     """
     tiles = {layer: [] for layer in survey.peaks}
     colours = matplotlib.colormaps[HEATMAP_COLOURS]
-    for some in batched(numbers, at_once):
+    for some in batched(numbers, 8):  # so many feature maps are in memory together
         pixels = [survey.read(survey.paths[k]) for k in some]
         _, *activations = survey.extract(np.stack(pixels).astype("float32"))
         for layer, activation in zip(survey.peaks, activations, strict=True):
@@ -4204,175 +4162,6 @@ def _copy_page(output):
             shutil.copyfile(PAGE, partial_path)
 
 
-# ---- Checkpoints, and the machine ----------------------------------------------------------------
-
-METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
-
-
-class Checkpoints(keras.callbacks.Callback):
-    """Keeps whole epochs in a folder, so that an interrupted run can go on.
-
-    A checkpoint is one .keras file with weights, optimizer, settings and history. Unlike Keras's
-    BackupAndRestore it is never written in place. The last two epochs stay, in case the last cannot
-    be read, and with each the epoch that was the best by then. Raises Stop where the loss is NaN.
-
-    watched: photos (n, height, width, 3) and their labels (n,). Before the first epoch and after
-    each, where the model looks for their class is added to `looks`; see heatmaps_of.
-    """
-
-    RECORD = "record.json"  # in the file, beside what Keras writes: settings, history and looks
-
-    def __init__(self, folder, settings, watched=None):
-        super().__init__()
-        self.folder, self.settings, self.watched = folder, settings, watched
-        self.run_name = f"{time.time_ns():x}"  # sorts later runs after earlier ones
-        self.history = {name: [] for name in METRICS}
-        self.looks = {"probabilities": [], "heatmaps": []}
-
-    @property
-    def epochs(self):
-        """How many epochs are done."""
-        return len(self.history["loss"])
-
-    @property
-    def best_epoch(self):
-        """The epoch of the lowest validation loss, counted from 1; 0 before the first."""
-        return int(np.argmin(self.history["val_loss"])) + 1 if self.epochs else 0
-
-    def file_of(self, epoch):
-        return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"
-
-    def on_train_begin(self, logs=None):
-        if self.watched and not self.looks["heatmaps"]:
-            self.looks = self._looks_now()
-
-    def _looks_now(self):
-        """The looks so far, and those of now."""
-        if self.watched is None:
-            return self.looks
-        found = heatmaps_of(Network(self.model), *self.watched)
-        probabilities = [round(probability, 4) for probability, _ in found]
-        heatmaps = [np.round(heatmap, 5).tolist() for _, heatmap in found]
-        return {
-            "probabilities": [*self.looks["probabilities"], probabilities],
-            "heatmaps": [*self.looks["heatmaps"], heatmaps],
-        }
-
-    def on_epoch_end(self, epoch, logs=None):
-        if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
-            rate = f"at learning rate {float(self.model.optimizer.learning_rate):.2g}"
-            best = printable(self.file_of(self.best_epoch))
-            kept = f"Best weights so far: {best}. " if self.epochs else ""
-            remedy = f"{kept}Train with a smaller --learning-rate."
-            raise Stop(f"The loss became NaN in epoch {epoch + 1} {rate}.\n{remedy}", exit_code=1)
-        history = {name: [*values, float(logs[name])] for name, values in self.history.items()}
-        looks = self._looks_now()
-        record = json.dumps({"settings": self.settings, "history": history, "looks": looks})
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replace_when_whole(self.file_of(epoch + 1)) as partial_path:
-            self.model.save(partial_path)
-            with zipfile.ZipFile(partial_path, "a") as archive:
-                archive.writestr(self.RECORD, record)
-        needed = {self.epochs, self.best_epoch}
-        self.history, self.looks = history, looks
-        needed |= {self.epochs, self.best_epoch}
-        for file in set(self.folder.glob("*.keras")) - {self.file_of(number) for number in needed}:
-            file.unlink()
-
-    def newest(self):
-        """Yield (file, record) of each epoch that can be read, the newest one first."""
-        for file in sorted(self.folder.glob("*_epoch_*.keras"), reverse=True):
-            try:
-                with zipfile.ZipFile(file) as archive:
-                    record = json.loads(archive.read(self.RECORD))
-                yield file, {name: record[name] for name in ("settings", "history", "looks")}
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
-
-    def resume(self, model):
-        """Load the newest epoch that can be read into an uncompiled model.
-
-        Raises Stop if there is none, or its settings differ.
-        """
-        folder = printable(self.folder)
-        for file, record in self.newest():
-            settings = record["settings"]
-            different = [
-                name for name in self.settings if settings.get(name) != self.settings[name]
-            ]
-            if different:
-                was = (
-                    f"{name} {settings.get(name)}, not {self.settings[name]}" for name in different
-                )
-                message = f"--resume: the run in {folder} had {'; '.join(was)}."
-                raise Stop(f"{message}\nGive the same, or leave out --resume to start a new run.")
-            try:
-                model.load_weights(file)
-            except Exception:  # a damaged file can fail in many ways
-                print(f"{printable(file)}: cannot be read; the epoch before it is tried.")
-                continue
-            self.run_name = file.name.partition("_epoch_")[0]
-            self.history, self.looks = record["history"], record["looks"]
-            return
-        message = f"--resume: no epoch in {folder} can be read."
-        raise Stop(f"{message}\nLeave out --resume to start a new run.")
-
-
-def prepare_libraries():
-    """Set what a settings file may say otherwise: a model that is saved so could not be drawn."""
-    keras.config.set_image_data_format("channels_last")
-    keras.config.set_floatx("float32")
-    keras.config.set_dtype_policy("float32")
-
-
-def tell_of_unused_gpu(gpus, driver="/proc/driver/nvidia", programs=None):
-    """Print how TensorFlow is to see an NVIDIA card where there is one and it sees none.
-
-    gpus: those that it sees; programs: the folders in which nvidia-smi may lie, as in $PATH.
-    """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # on purpose
-    card = Path(driver).exists() or shutil.which("nvidia-smi", path=programs)
-    if card and not gpus and not hidden:
-        install = f'pip install "tensorflow[and-cuda]=={tf.__version__}"'
-        print(f"The NVIDIA card is not used: {install} makes it seen, on Windows only in WSL2.")
-
-
-def half_precision():
-    """Keras's dtype policy for half precision, or for full where the machine lacks it."""
-    if tf.config.list_physical_devices("GPU"):
-        return "mixed_float16"
-    if computes_in_bfloat16():
-        return "mixed_bfloat16"
-    print("--mixed-precision: no GPU, nor a CPU known to compute in bfloat16; float32 is used.")
-    return "float32"
-
-
-def computes_in_bfloat16():
-    """Whether the CPU is known to have instructions for bfloat16."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text().split() if cpu.is_file() else []
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
-
-
-@contextlib.contextmanager
-def bfloat16_where_fast():
-    """Convolve in bfloat16 on CPUs that are made for it: a third faster, and no eye sees it."""
-    option = "auto_mixed_precision_onednn_bfloat16"
-    tf.config.optimizer.set_experimental_options({option: computes_in_bfloat16()})
-    try:
-        yield
-    finally:
-        tf.config.optimizer.set_experimental_options({option: False})
-
-
-def training_strategy():
-    """Mirrors the model over all GPUs (or logical CPUs) where there are several."""
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if len(devices) > 1:
-        return tf.distribute.MirroredStrategy([device.name for device in devices])
-    return tf.distribute.get_strategy()
-
-
 # ---- ImageNet's weights, and a first look without them -------------------------------------------
 
 IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # of the file without a classifier on top
@@ -4416,6 +4205,16 @@ def imagenet_weights(address=None, md5=IMAGENET_MD5, seconds=15):
                 raise OSError(f"no answer for {seconds} s") from error
             raise OSError(getattr(reason, "strerror", None) or str(error)) from error
     return file
+
+
+def imagenet_failure(error):
+    """The message where ImageNet's weights cannot be fetched: where from, why, other choices."""
+    address = imagenet_address()
+    return (
+        f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
+        f"Put that file by hand at {printable(cached_file(address))},\n"
+        "or start from a file with --weights FILE, or from scratch with --weights none."
+    )
 
 
 def cached_file(address):
@@ -4503,9 +4302,8 @@ def open_saved(options):
     record = read_record(record_file)
     folder = options.data / "test"
     if options.photos and not folder.is_dir():
-        names = [f"class {index}" for index in range(network.class_count)]
-        test, source = None, record_file
-        names = record["classes"] if record else names
+        numbered = [f"class {index}" for index in range(network.class_count)]
+        test, source, names = None, record_file, record["classes"] if record else numbered
     else:
         read = photo_reader(network.input_size, network.read_photo)
         test, names = open_split(folder, network.input_size, options.batch_size, read=read)
@@ -4609,12 +4407,13 @@ def _failure(error):
 
 
 def _description(path):
-    """The configuration of a saved model, as the file holds it."""
+    """The configuration of a model, as its file holds it; None where that holds weights alone."""
     if path.suffix == ".keras":
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("config.json"))
     with h5py.File(path) as file:
-        return json.loads(file.attrs["model_config"])
+        text = file.attrs.get("model_config")
+        return json.loads(text) if text else None
 
 
 def _in_keras_3(part):
@@ -4654,6 +4453,147 @@ def in_float32(model):
     model = keras.models.model_from_json(full_precision)
     model.set_weights(weights)
     return model
+
+
+def load_backbone_weights(base, path):
+    """Give the backbone the weights of a file. Returns it, with the strides of the file's model.
+
+    The file is a .keras or .h5 model whose backbone is InceptionV3, or weights without a classifier
+    on top: .weights.h5, or the …_notop.h5 that Keras downloads. Raises Stop for other files.
+    """
+    name = printable(path)
+    if not path.is_file():
+        choices = "Give imagenet, none, or a file of InceptionV3's weights."
+        raise Stop(f"--weights {name}: no such file. {choices}")
+    try:
+        if _description(path) is None:
+            with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
+                base.load_weights(path)
+            return base
+        saved = load_saved(path)
+        backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
+        poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
+        if any(layer.strides == (1, 1) for layer in poolings):
+            base = without_last_stride(base)
+        base.set_weights(backbone.get_weights())
+        return base
+    except Exception as error:  # a foreign file can fail in as many ways as there are formats
+        raise Stop(
+            f"--weights {name}: does not hold InceptionV3's weights.\n"
+            "Give a model of this script, a .weights.h5 file without a classifier on top, or\n"
+            "Keras's own inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5."
+        ) from error
+
+
+def train_and_save(options, build=build_model):
+    """Train, and save the model of the best epoch. Returns what open_saved returns."""
+    require_writable(options.model.parent)
+    require_whole_split(options.data)
+    if options.quick:
+        options = quick_options(options)
+    size = (options.image_size, options.image_size)
+    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
+    phases = training_phases(
+        options.epochs, options.weights, options.freeze_below, options.learning_rate
+    )
+    _describe(splits, class_names, phases, options.balance)
+    options.model.parent.mkdir(parents=True, exist_ok=True)
+    lock = options.model.with_name(f".{options.model.name}.lock")
+    busy = (
+        f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
+    )
+    with locked(lock, busy):
+        settings = _run_settings(options, splits, phases)
+        same = settings | {"classes": class_names}  # what a resumed run must have in common
+        watched = _photos_to_watch(splits["validation"], options.seed)
+        folder = options.model.with_name(f"{options.model.stem}_checkpoints")
+        checkpoints = Checkpoints(folder, same, watched)
+        model = _train_from(options, splits, phases, checkpoints, build)
+        photos, _ = splits["test"][0]
+        network = Network(model)
+        require_finite(*network.activations(photos, [network.heatmap_layer, LOGITS]))
+        with replace_when_whole(options.model) as partial_path:
+            model.save(partial_path)
+        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
+        record["looks"] = checkpoints.looks | {"photos": _shown_photos(*watched, class_names)}
+        _write_json(history_file(options.model), record)
+        shutil.rmtree(checkpoints.folder)
+    return model, class_names, splits["test"], record
+
+
+def _train_from(options, splits, phases, checkpoints, build):
+    """Train from the start, or from the newest checkpoint: the model of the best epoch."""
+    newest = next(checkpoints.newest(), None)
+    if newest and not options.resume:
+        _, saved = newest
+        epochs = len(saved["history"]["loss"])
+        folder = printable(checkpoints.folder)
+        print(f"{folder} holds an interrupted run of {epochs} epochs. To go on with it, press")
+        print("Ctrl-C and add --resume. Otherwise this run deletes it after its first epoch.")
+    keras.utils.clear_session()  # the names of the layers count from the start again
+    keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(half_precision() if options.mixed_precision else "float32")
+    with training_strategy().scope():
+        model = build(splits["train"].class_count, options.image_size, options.weights)
+        if options.resume:
+            checkpoints.resume(model)
+        train(model, splits, phases, checkpoints, options.balance)
+    keras.config.set_dtype_policy("float32")
+    best = checkpoints.file_of(checkpoints.best_epoch)
+    return in_float32(keras.saving.load_model(best, compile=False))
+
+
+PHOTOS_WATCHED = 5  # of a class each: where the model looks in them is kept after each epoch
+
+
+def _photos_to_watch(batches, seed):
+    """Photos (n, height, width, 3) float32 and labels (n,): one each of some classes, by seed."""
+    order = np.random.default_rng(seed).permutation(len(batches.paths))
+    _, first = np.unique(batches.labels[order], return_index=True)
+    chosen = order[first[:PHOTOS_WATCHED]]
+    return np.stack([batches.photo(index) for index in chosen]), batches.labels[chosen]
+
+
+def _shown_photos(photos, labels, class_names):
+    """[[class name, the photo as base64 of a small JPEG]]"""
+    shown = []
+    for photo, label in zip(photos, labels, strict=True):
+        jpeg = io.BytesIO()
+        image = Image.fromarray(photo.astype("uint8"))
+        image.resize((160, 160)).save(jpeg, "JPEG", quality=90)
+        shown.append([class_names[label], base64.b64encode(jpeg.getvalue()).decode()])
+    return shown
+
+
+def _describe(splits, class_names, phases, balance):
+    """Print what is about to be trained, and warnings: of few photos, or classes unlike in size."""
+    counts = ", ".join(f"{len(batches.paths)} {name}" for name, batches in splits.items())
+    stretches = ", ".join(f"{it.name} {it.end_epoch - it.start_epoch}" for it in phases)
+    names = ", ".join(map(printable, class_names[:20])) + (", …" if len(class_names) > 20 else "")
+    print(f"Photos: {counts}. Classes: {names}. Epochs: {stretches}.", flush=True)
+    for split in ("validation", "test"):
+        fewest = np.bincount(splits[split].labels).min()
+        if fewest < FEW_PHOTOS:
+            few = f"{split} has a class of {fewest} photos"
+            print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
+    sizes = np.bincount(splits["train"].labels)
+    if differ_in_size(sizes):
+        largest, smallest = (
+            f"{sizes[k]} of {printable(class_names[k])}" for k in (sizes.argmax(), sizes.argmin())
+        )
+        remedy = "weighed alike (--balance)" if balance else "--balance lets them weigh alike"
+        print(f"The classes differ in size ({largest}, {smallest}): {remedy}.")
+
+
+def _run_settings(options, splits, phases):
+    """What the training depends on, for its record."""
+    names = ["weights", "epochs", "batch_size", "image_size", "freeze_below", "learning_rate"]
+    names += ["balance", "mixed_precision", "seed"]
+    settings = {name: getattr(options, name) for name in names}
+    settings["weights"] = Path(options.weights).name  # as the page shows it, which is published
+    settings["photos"] = {name: len(batches.paths) for name, batches in splits.items()}
+    settings["phases"] = {phase.name: phase.end_epoch - phase.start_epoch for phase in phases}
+    return settings
 
 
 CHECKED_PHOTOS = 64
@@ -4742,9 +4682,8 @@ def photos_and_labels(own_photos, test):
 
     test: PhotoBatches, or None where there are only own photos.
     """
-    if test is None:
-        return own_photos, [None] * len(own_photos)
-    return [*own_photos, *test.paths], [*([None] * len(own_photos)), *test.labels.tolist()]
+    paths, labels = (test.paths, test.labels.tolist()) if test else ([], [])
+    return [*own_photos, *paths], [*([None] * len(own_photos)), *labels]
 
 
 def report(survey, options):
