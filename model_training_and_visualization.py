@@ -3656,6 +3656,7 @@ COVERED_PHOTOS = 4  # of these, own ones, mistakes and the least sure: place by 
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80
+ALL_BLOCKS_SIDE = 40  # of the heatmap of all blocks
 PHOTO_SIDE = 256
 MAP_SIDE = 48
 PHOTO_COLUMNS = 6  # and rows of a sheet of photos, which a browser loads whole
@@ -3702,6 +3703,7 @@ def _run_facts(survey, record, command):
         "predictions": {"file": "predictions.csv"},
         "colours": list(map(to_hex, matplotlib.colormaps[HEATMAP_COLOURS](range(256)))),
         "heatmap_layers": [_layer_entry(network, name) for name in network.heatmap_layers],
+        "all_blocks_side": ALL_BLOCKS_SIDE,
     }
 
 
@@ -3810,12 +3812,22 @@ def _photo_facts(output, survey, explained, stored, listed, progress):
         if k in explained:
             heatmaps = _heatmap_entries(list(explained[k].uncut.values()))
             photo |= {"heatmaps": heatmaps, "worth": deletion_caption(explained[k])}
+            if explained[k].of_all_blocks is not None:
+                photo["all_blocks"] = _all_blocks_entry(explained[k])
         if k in covered:
             without = probabilities_without_places(survey.predict, explained[k].pixels)
             photo["covered"] = _covered_entry(without, photo["probabilities"])
         photos.append(photo)
     counts = {"photo_count": len(survey.paths), "places": PLACES}
     return {**counts, "photos": photos, **sheets}
+
+
+def _all_blocks_entry(explanation):
+    """The heatmap of all blocks, of few enough values for the page, its class and its worth."""
+    sides = (ALL_BLOCKS_SIDE, ALL_BLOCKS_SIDE)
+    small = cv2.resize(explanation.of_all_blocks, sides, interpolation=cv2.INTER_AREA)
+    worth = deletion_caption(explanation, 1)
+    return {"class": explanation.class_index, "map": _encoded(small)[0], "worth": worth}
 
 
 def _doubtful_first(survey):
