@@ -1431,6 +1431,11 @@ def place_heatmap(heatmap, field, size):
     )
 
 
+def placed(network, layer_name, heatmap):
+    """A heatmap of a layer laid where its positions look; see place_heatmap."""
+    return place_heatmap(heatmap, network.receptive_fields[layer_name], network.input_size)
+
+
 def heatmap_of_all_blocks(model, photo, class_index):
     """A finer heatmap of a class, from all blocks of a model: (height, width) float32, 0 to 1.
 
@@ -1446,14 +1451,11 @@ def heatmap_of_all_blocks(model, photo, class_index):
         *features, logits = network.compute(batch, [*network.heatmap_layers, LOGITS])
         logit = logits[0, class_index]
     gradients = tape.gradient(logit, features, unconnected_gradients="zero")
-    placed = []
-    for name, feature_maps, gradient in zip(
-        network.heatmap_layers, features, gradients, strict=True
-    ):
-        heatmap = np.maximum(0, tf.reduce_sum(feature_maps * gradient, axis=-1)[0].numpy())
-        share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
-        placed.append(place_heatmap(share, field, network.input_size))
-    return np.mean(placed, axis=0)
+    shares = []
+    for name, maps, gradient in zip(network.heatmap_layers, features, gradients, strict=True):
+        heatmap = np.maximum(0, tf.reduce_sum(maps * gradient, axis=-1)[0].numpy())
+        shares.append(placed(network, name, heatmap / (heatmap.max() or 1)))
+    return np.mean(shares, axis=0)
 
 
 class Deletion(NamedTuple):
@@ -1472,8 +1474,8 @@ def deletions_of(network, explanation, predict):
 
     predict: see probabilities_without.
     """
-    size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
-    heatmaps = [centred_blob(size), place_heatmap(explanation.heatmap, field, size)]
+    hottest = placed(network, network.heatmap_layer, explanation.heatmap)
+    heatmaps = [centred_blob(network.input_size), hottest]
     if explanation.of_all_blocks is not None:
         heatmaps.append(explanation.of_all_blocks)
     masks = [top_fraction(heatmap) for heatmap in heatmaps]
@@ -1651,7 +1653,6 @@ def deletion_caption(explanation, number=0):
 def draw_heatmaps(output, network, explanations):
     """Draw for each photo the photo, its heatmap and the overlay: [Picture]."""
     layer = network.heatmap_layer
-    field = network.receptive_fields[layer]
     pictures = []
     for number, explanation in enumerate(explanations, start=1):
         heatmap, name = explanation.heatmap, explanation.class_name
@@ -1659,18 +1660,17 @@ def draw_heatmaps(output, network, explanations):
         if len(explanation.deletions) > 1:
             caption += f"\nBy all blocks: {deletion_caption(explanation, 1)}"
         height, width = heatmap.shape
-        title = f"Grad-CAM for {name}, {height} × {width}"
+        title, over = f"Grad-CAM for {name}, {height} × {width}", f"laid over the photo, for {name}"
         panels = [
             Panel(explanation, "the photo"),
-            Panel(explanation, title, heatmap, field, positions=True),
-            Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
+            Panel(explanation, title, heatmap, network.receptive_fields[layer]),
+            Panel(explanation, over, placed(network, layer, heatmap)),
         ]
         norm = Normalize(0, heatmap.max() or 1)
         if explanation.of_all_blocks is not None:
             share = explanation.of_all_blocks / (explanation.of_all_blocks.max() or 1)
             title = "HiResCAM of all blocks,\nas a share of its peak"
-            every_pixel = ReceptiveField((0, 0), (1, 1), (1, 1))
-            panels.append(Panel(explanation, title, norm.vmax * share, every_pixel))
+            panels.append(Panel(explanation, title, norm.vmax * share))
         dpi = np.clip(explanation.photo.shape[1] / 3.7, 100, 300)  # the photo's own resolution
         label = f"at {layer}; 0: nothing for {name}"
         save_panels(output / f"CAM_{number}.jpeg", [panels], caption, label, norm, dpi=dpi)
@@ -1685,8 +1685,8 @@ def draw_blocks(output, network, explanation):
         heatmap = np.maximum(0, explanation.uncut[name][explanation.class_index])
         height, width = heatmap.shape
         peak = f"peak {heatmap.max():.2g}" if heatmap.any() else "empty"
-        share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
-        panels.append(Panel(explanation, f"{name}, {height} × {width}\n{peak}", share, field))
+        share = placed(network, name, heatmap / (heatmap.max() or 1))
+        panels.append(Panel(explanation, f"{name}, {height} × {width}\n{peak}", share))
     name = explanation.class_name
     caption = f"Grad-CAM for {name}, block by block, in {explanation.name}. {explanation.verdict}."
     label = f"share of the block's peak; 0: nothing for {name}"
@@ -1704,7 +1704,6 @@ def draw_mistakes(output, network, explanations):
     most = 3  # rows, so that the picture stays high enough to be read
     mistakes = [explanation for explanation in explanations if explanation.is_mistake][:most]
     layer = network.heatmap_layer
-    field = network.receptive_fields[layer]
     rows, peak = [], 0
     for it in mistakes or explanations[-most:]:
         other, own = (it.uncut[layer][k] for k in (it.contrast_index, it.class_index))
@@ -1717,7 +1716,7 @@ def draw_mistakes(output, network, explanations):
         row = [Panel(it, it.verdict.replace("; ", ";\n"))]
         for title, heatmap in titled.items():
             title += "" if heatmap.any() else ": empty"
-            row.append(Panel(it, title, heatmap, field))
+            row.append(Panel(it, title, placed(network, layer, heatmap)))
         rows.append(row)
     told, other = "What it nearly took for something else (it made no mistake)", "the next class"
     if mistakes:
@@ -1755,7 +1754,6 @@ def draw_learning(output, network, record):
     epochs = len(looks["heatmaps"]) - 1  # the first are those before the first epoch
     chosen = np.linspace(0, epochs, min(EPOCHS_SHOWN, epochs + 1)).round().astype(int)
     chosen[1 + np.abs(chosen[1:] - kept).argmin()] = kept
-    field = network.receptive_fields[network.heatmap_layer]
     labels, rows = [], []
     for row, (name, encoded) in enumerate(looks["photos"]):
         photo = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
@@ -1764,7 +1762,7 @@ def draw_learning(output, network, record):
         pictures = []
         for epoch, heatmap in heatmaps.items():
             when = {0: "before", kept: f"kept, {kept}"}.get(epoch, f"epoch {epoch}")
-            share = place_heatmap(heatmap / peak, field, network.input_size)
+            share = placed(network, network.heatmap_layer, heatmap / peak)
             text = f"{when}: {percent(looks['probabilities'][epoch][row])}"
             pictures.append((overlay(photo, share), text))
         labels.append(printable(name))
@@ -2062,8 +2060,7 @@ def _lit(survey, number, concept):
     """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
     network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
     photo = network.read_photo(survey.paths[number])
-    field = network.receptive_fields[network.heatmap_layer]
-    light = place_heatmap(heatmap / (heatmap.max() or 1), field, network.input_size)
+    light = placed(network, network.heatmap_layer, heatmap / (heatmap.max() or 1))
     light = cv2.resize(light, photo.shape[1::-1])[..., None]
     square = in_square((photo * (DARKEST + (1 - DARKEST) * light)).astype("uint8"), PATCH_SIDE)
     label = survey.labels[number]
@@ -2374,9 +2371,9 @@ def draw_strip(output, network, explanation, patterns):
         f"activations, convolution {grid.number}": activations,
         f"what filters look for, convolution {pattern.convolution.number}": patterns,
     }
-    field = network.receptive_fields[network.heatmap_layer]
     title = f"where it looks for {explanation.class_name}"
-    overlay = Panel(explanation, title, explanation.heatmap, field)
+    heatmap = placed(network, network.heatmap_layer, explanation.heatmap)
+    overlay = Panel(explanation, title, heatmap)
     save_strip(output / "strip.jpg", Panel(explanation, "a photo"), overlay, middle)
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
 
@@ -3278,9 +3275,8 @@ class Panel:
 
     explanation: Explanation
     title: str = ""
-    heatmap: np.ndarray | None = None  # (h, w)
-    field: ReceptiveField | None = None  # of the heatmap's positions
-    positions: bool = False  # the heatmap's own positions, without the photo
+    heatmap: np.ndarray | None = None  # (h, w), over the whole photo
+    field: ReceptiveField | None = None  # of its positions: these are shown, without the photo
 
 
 @figure_style
@@ -3326,15 +3322,12 @@ def _draw_panel(axes, panel, norm, colours):
         axes.imshow(photo, extent=extent)
     else:
         heatmap, below = panel.heatmap, photo.mean(2)
-        if panel.positions:
+        if panel.field:
             extent, below = _positions_extent(panel), np.full((1, 1), 127)
-        else:
-            size = panel.explanation.pixels.shape[:2]
-            heatmap = place_heatmap(heatmap, panel.field, size)
         # Over grey, and at one opacity everywhere, so that each colour has one meaning.
         axes.imshow(below, cmap="gray", vmin=0, vmax=255, extent=extent)
         drawn = axes.imshow(heatmap, colours, norm, alpha=OVERLAY_OPACITY, extent=extent)
-        drawn.set_interpolation("nearest" if panel.positions else "bilinear")
+        drawn.set_interpolation("nearest" if panel.field else "bilinear")
     axes.set_aspect(_shown_aspect(panel.explanation.photo) * width / height)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return drawn
@@ -3380,7 +3373,7 @@ def save_strip(path, photo, overlay, middle):
     """Draw the middle square of a photo, square pictures {title: array}, and an overlay."""
     figure = Figure(figsize=(16, 4.4), layout="compressed")
     first, *between, last = figure.subplots(1, 2 + len(middle))
-    norm = Normalize(0, overlay.heatmap.max() or 1)
+    norm = Normalize(0, overlay.explanation.heatmap.max() or 1)
     height, width = photo.explanation.photo.shape[:2]
     side = min(height, width)
     for axes, panel in ((first, photo), (last, overlay)):
