@@ -4259,7 +4259,7 @@ def require_photos(paths):
 
 def open_saved(options):
     """The saved model's Network, its class names, the test photos or None, its record or None."""
-    network = Network(load_model(options.model, options.image_size), pixels=options.pixels)
+    network = Network(load_model(options.model), options.image_size, options.pixels)
     record_file = _history_file(options.model)
     record = _read_record(record_file)
     folder = options.data / "test"
@@ -4275,11 +4275,10 @@ def open_saved(options):
     return network, names, test, record
 
 
-def load_model(path, image_size):
+def load_model(path):
     """Load a saved classifier to draw pictures from, computing in float32.
 
-    image_size: the side of its input in pixels if the file leaves it open. Raises Stop where the
-    file cannot be loaded, saying why, and naming what the model lacks.
+    Raises Stop where the file cannot be loaded, saying why, and naming what the model lacks.
     """
     file = printable(path)
     if not path.is_file():
@@ -4294,9 +4293,6 @@ def load_model(path, image_size):
         raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
     try:
         model = in_float32(model)
-        if None in model.input_shape[1:3]:
-            photo = keras.Input((image_size, image_size, model.input_shape[3]), name="rgb")
-            model = keras.Model(photo, model(photo))
         network = Network(model)
         network.nearest_convolutions(GRID_CONVOLUTIONS)
     except (Stop, AttributeError, TypeError, IndexError) as error:
