@@ -146,7 +146,9 @@ def parse_options(words=None):
         help="a first look in minutes: smaller photos, fewer epochs, from scratch where ImageNet's "
         "weights cannot be had",
     )
-    way.add_argument("--skip-training", action="store_true", help="draw the saved model in --model")
+    way.add_argument(
+        "--skip-training", action="store_true", help="draw from the saved model in --model"
+    )
     add(
         "--pixels",
         default=PIXELS[0],
@@ -165,7 +167,7 @@ def parse_options(words=None):
     add(
         "--weights",
         metavar="START",
-        help="imagenet (default), none (from scratch), or a file of weights or a model",
+        help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
     )
     add("--epochs", **number, help="of all phases (default: 10)")
     add("--batch-size", **number, help="photos a step (default: 32)")
