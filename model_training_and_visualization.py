@@ -174,7 +174,7 @@ def parse_options(words=None):
     add(
         "--image-size",
         **number,
-        help="side of the input, if the model leaves it open (default: 299)",
+        help="side of the model's square input, if the model leaves it open (default: 299)",
     )
     add(
         "--freeze-below",
@@ -686,7 +686,6 @@ def _last_layer_below(model, block):
 # ---- 4. Evaluation: what the model gets right and wrong ------------------------------------------
 # The test photos took no part in training, nor in the choice of the best epoch: their metrics tell
 # how the model does on photos that it has never met. They are computed once, at the end.
-
 
 FEW_PHOTOS = 10  # of a class: with fewer, one of them is more than ten percent of its accuracy
 CONFIDENCE_BINS = 10  # of the same width, from 0 to 1
