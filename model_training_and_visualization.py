@@ -23,6 +23,7 @@ import http.client
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -696,7 +697,7 @@ CONFIDENCE_BINS = 10  # of the same width, from 0 to 1
 class Evaluation:
     """What a model predicts for photos whose class is known."""
 
-    class_names: list
+    class_names: list  # as they are printed
     labels: np.ndarray  # (n,) true class indices
     probabilities: np.ndarray  # (n, classes) float, each row sums to 1 unless is_multi_label
     is_multi_label: bool = False  # the model tells of each class by itself whether it is there
@@ -821,7 +822,7 @@ def evaluation_report(evaluation):
 
     Of a multi-label model, which may name several classes or none, only what has a meaning then.
     """
-    names = [printable(name) for name in evaluation.class_names]
+    names = evaluation.class_names
     width = max(5, *map(len, names))
     lines = [
         f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}"
@@ -1430,6 +1431,11 @@ def place_heatmap(heatmap, field, size):
     )
 
 
+def placed(network, layer_name, heatmap):
+    """A heatmap of a layer laid where its positions look; see place_heatmap."""
+    return place_heatmap(heatmap, network.receptive_fields[layer_name], network.input_size)
+
+
 def heatmap_of_all_blocks(model, photo, class_index):
     """A finer heatmap of a class, from all blocks of a model: (height, width) float32, 0 to 1.
 
@@ -1445,14 +1451,11 @@ def heatmap_of_all_blocks(model, photo, class_index):
         *features, logits = network.compute(batch, [*network.heatmap_layers, LOGITS])
         logit = logits[0, class_index]
     gradients = tape.gradient(logit, features, unconnected_gradients="zero")
-    placed = []
-    for name, feature_maps, gradient in zip(
-        network.heatmap_layers, features, gradients, strict=True
-    ):
-        heatmap = np.maximum(0, tf.reduce_sum(feature_maps * gradient, axis=-1)[0].numpy())
-        share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
-        placed.append(place_heatmap(share, field, network.input_size))
-    return np.mean(placed, axis=0)
+    shares = []
+    for name, maps, gradient in zip(network.heatmap_layers, features, gradients, strict=True):
+        heatmap = np.maximum(0, tf.reduce_sum(maps * gradient, axis=-1)[0].numpy())
+        shares.append(placed(network, name, heatmap / (heatmap.max() or 1)))
+    return np.mean(shares, axis=0)
 
 
 class Deletion(NamedTuple):
@@ -1471,8 +1474,8 @@ def deletions_of(network, explanation, predict):
 
     predict: see probabilities_without.
     """
-    size, field = network.input_size, network.receptive_fields[network.heatmap_layer]
-    heatmaps = [centred_blob(size), place_heatmap(explanation.heatmap, field, size)]
+    hottest = placed(network, network.heatmap_layer, explanation.heatmap)
+    heatmaps = [centred_blob(network.input_size), hottest]
     if explanation.of_all_blocks is not None:
         heatmaps.append(explanation.of_all_blocks)
     masks = [top_fraction(heatmap) for heatmap in heatmaps]
@@ -1536,7 +1539,7 @@ class Explanation:
     name: str
     photo: np.ndarray  # (height, width, 3) uint8 RGB
     pixels: np.ndarray  # the same, as the model sees it
-    class_names: list
+    class_names: list  # as they are printed
     probabilities: np.ndarray  # (classes,)
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
@@ -1650,7 +1653,6 @@ def deletion_caption(explanation, number=0):
 def draw_heatmaps(output, network, explanations):
     """Draw for each photo the photo, its heatmap and the overlay: [Picture]."""
     layer = network.heatmap_layer
-    field = network.receptive_fields[layer]
     pictures = []
     for number, explanation in enumerate(explanations, start=1):
         heatmap, name = explanation.heatmap, explanation.class_name
@@ -1658,18 +1660,17 @@ def draw_heatmaps(output, network, explanations):
         if len(explanation.deletions) > 1:
             caption += f"\nBy all blocks: {deletion_caption(explanation, 1)}"
         height, width = heatmap.shape
-        title = f"Grad-CAM for {name}, {height} × {width}"
+        title, over = f"Grad-CAM for {name}, {height} × {width}", f"laid over the photo, for {name}"
         panels = [
             Panel(explanation, "the photo"),
-            Panel(explanation, title, heatmap, field, positions=True),
-            Panel(explanation, f"laid over the photo, for {name}", heatmap, field),
+            Panel(explanation, title, heatmap, network.receptive_fields[layer]),
+            Panel(explanation, over, placed(network, layer, heatmap)),
         ]
         norm = Normalize(0, heatmap.max() or 1)
         if explanation.of_all_blocks is not None:
             share = explanation.of_all_blocks / (explanation.of_all_blocks.max() or 1)
             title = "HiResCAM of all blocks,\nas a share of its peak"
-            every_pixel = ReceptiveField((0, 0), (1, 1), (1, 1))
-            panels.append(Panel(explanation, title, norm.vmax * share, every_pixel))
+            panels.append(Panel(explanation, title, norm.vmax * share))
         dpi = np.clip(explanation.photo.shape[1] / 3.7, 100, 300)  # the photo's own resolution
         label = f"at {layer}; 0: nothing for {name}"
         save_panels(output / f"CAM_{number}.jpeg", [panels], caption, label, norm, dpi=dpi)
@@ -1684,8 +1685,8 @@ def draw_blocks(output, network, explanation):
         heatmap = np.maximum(0, explanation.uncut[name][explanation.class_index])
         height, width = heatmap.shape
         peak = f"peak {heatmap.max():.2g}" if heatmap.any() else "empty"
-        share, field = heatmap / (heatmap.max() or 1), network.receptive_fields[name]
-        panels.append(Panel(explanation, f"{name}, {height} × {width}\n{peak}", share, field))
+        share = placed(network, name, heatmap / (heatmap.max() or 1))
+        panels.append(Panel(explanation, f"{name}, {height} × {width}\n{peak}", share))
     name = explanation.class_name
     caption = f"Grad-CAM for {name}, block by block, in {explanation.name}. {explanation.verdict}."
     label = f"share of the block's peak; 0: nothing for {name}"
@@ -1703,7 +1704,6 @@ def draw_mistakes(output, network, explanations):
     most = 3  # rows, so that the picture stays high enough to be read
     mistakes = [explanation for explanation in explanations if explanation.is_mistake][:most]
     layer = network.heatmap_layer
-    field = network.receptive_fields[layer]
     rows, peak = [], 0
     for it in mistakes or explanations[-most:]:
         other, own = (it.uncut[layer][k] for k in (it.contrast_index, it.class_index))
@@ -1716,7 +1716,7 @@ def draw_mistakes(output, network, explanations):
         row = [Panel(it, it.verdict.replace("; ", ";\n"))]
         for title, heatmap in titled.items():
             title += "" if heatmap.any() else ": empty"
-            row.append(Panel(it, title, heatmap, field))
+            row.append(Panel(it, title, placed(network, layer, heatmap)))
         rows.append(row)
     told, other = "What it nearly took for something else (it made no mistake)", "the next class"
     if mistakes:
@@ -1754,7 +1754,6 @@ def draw_learning(output, network, record):
     epochs = len(looks["heatmaps"]) - 1  # the first are those before the first epoch
     chosen = np.linspace(0, epochs, min(EPOCHS_SHOWN, epochs + 1)).round().astype(int)
     chosen[1 + np.abs(chosen[1:] - kept).argmin()] = kept
-    field = network.receptive_fields[network.heatmap_layer]
     labels, rows = [], []
     for row, (name, encoded) in enumerate(looks["photos"]):
         photo = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
@@ -1763,7 +1762,7 @@ def draw_learning(output, network, record):
         pictures = []
         for epoch, heatmap in heatmaps.items():
             when = {0: "before", kept: f"kept, {kept}"}.get(epoch, f"epoch {epoch}")
-            share = place_heatmap(heatmap / peak, field, network.input_size)
+            share = placed(network, network.heatmap_layer, heatmap / peak)
             text = f"{when}: {percent(looks['probabilities'][epoch][row])}"
             pictures.append((overlay(photo, share), text))
         labels.append(printable(name))
@@ -1990,7 +1989,7 @@ def draw_concepts(output, survey):
     """
     labels, rows = [], []
     for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN]:
-        name = printable(survey.class_names[class_index])
+        name = survey.class_names[class_index]
         for concept, part, fall in class_concepts(survey, class_index):
             labels.append(f"{name}\nconcept {concept}\n{percent(part)}\nlogit {-fall:+.1f}")
             rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
@@ -2027,13 +2026,13 @@ def draw_evidence(output, survey, number):
     labels, rows = ["the photo"], [[(in_square(photo, PATCH_SIDE), "")]]
     for class_index, concepts_of_class in strongest.items():
         for concept, part in concepts_of_class:
-            name = printable(survey.class_names[class_index])
+            name = survey.class_names[class_index]
             labels.append(f"for {name}\nconcept {concept}\n{percent(part)}")
             known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
             here, _ = _lit(survey, number, concept)
             rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
     (concept, part), *_ = strongest[predicted]
-    says = printable(survey.class_names[predicted])
+    says = survey.class_names[predicted]
     caption = (
         f"{survey.name(number)}: it says {says}, as {percent(part)} of what speaks for {says} is "
         f"concept {concept}\n"
@@ -2061,12 +2060,11 @@ def _lit(survey, number, concept):
     """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
     network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
     photo = network.read_photo(survey.paths[number])
-    field = network.receptive_fields[network.heatmap_layer]
-    light = place_heatmap(heatmap / (heatmap.max() or 1), field, network.input_size)
+    light = placed(network, network.heatmap_layer, heatmap / (heatmap.max() or 1))
     light = cv2.resize(light, photo.shape[1::-1])[..., None]
     square = in_square((photo * (DARKEST + (1 - DARKEST) * light)).astype("uint8"), PATCH_SIDE)
     label = survey.labels[number]
-    return square, survey.name(number) if label < 0 else printable(survey.class_names[label])
+    return square, survey.name(number) if label < 0 else survey.class_names[label]
 
 
 # ---- 10. Everything drawn ------------------------------------------------------------------------
@@ -2104,8 +2102,8 @@ class Survey:
     """
 
     network: object  # a Network
-    extract: object  # see _traced_extractor
-    class_names: list
+    extract: object  # see traced_extractor
+    class_names: list  # as they are printed
     paths: list
     read: object  # see photo_reader
     labels: np.ndarray  # (n,) true class indices, -1 where not known
@@ -2137,7 +2135,7 @@ class Survey:
         if self.own_count == len(self.paths):
             return None
         of_known = self.labels[known], self.probabilities[known]
-        return Evaluation(list(self.class_names), *of_known, self.network.is_multi_label)
+        return Evaluation(self.class_names, *of_known, self.network.is_multi_label)
 
     def predict(self, photos):
         """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
@@ -2148,6 +2146,10 @@ class Survey:
             (logits,) = network.compute(feature_maps, [LOGITS], start=last)
             found.append(network.to_probabilities(logits).numpy())
         return np.concatenate(found)
+
+    def uncut_of(self, number):
+        """{class index: (h, w) uncut Grad-CAM} of a photo at the last layer with positions."""
+        return dict(zip(self.classes[number].tolist(), self.uncut[number], strict=True))
 
     def name(self, number):
         """The name of a photo as it is shown, that of a test photo with its folder."""
@@ -2167,7 +2169,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     labels, paths = labels[own_first], [Path(photos[k]) for k in own_first]
     chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
     layer_names = [convolution.activation for convolution in chosen]
-    extract = _traced_extractor(network, layer_names)
+    extract = traced_extractor(network, layer_names)
 
     def features_and_peaks(numbers):
         pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
@@ -2189,7 +2191,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
         surveyed.append(of_batch | {"peaks": peaks})
     back = np.argsort(np.concatenate([sample, others]))
     joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
-    given = (network, extract, class_names, paths, read, labels)
+    given = (network, extract, list(map(printable, class_names)), paths, read, labels)
     of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
     return Survey(*given, **of_sample, **joined)
 
@@ -2224,7 +2226,7 @@ def _look(network, feature_maps, labels, found):
     }
 
 
-def _traced_extractor(network, layer_names):
+def traced_extractor(network, layer_names):
     """A function of photos: the last feature maps, and some layers' first filters' activations.
 
     It is traced, as a graph frees each feature map once the next layers have used it.
@@ -2247,16 +2249,15 @@ def explain(survey, number, by_block=True):
     """
     network, path, label = survey.network, survey.paths[number], int(survey.labels[number])
     pixels = survey.read(path)
-    at_last = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
     of_blocks = _uncut_by_block(survey, number) if by_block else {}
     explanation = Explanation(
         name=survey.name(number),
         photo=network.read_photo(path) if by_block else pixels,
         pixels=pixels,
-        class_names=[printable(class_name) for class_name in survey.class_names],
+        class_names=survey.class_names,
         probabilities=survey.probabilities[number],
         true_index=None if label < 0 else label,
-        uncut=of_blocks | {network.heatmap_layer: at_last},
+        uncut=of_blocks | {network.heatmap_layer: survey.uncut_of(number)},
         is_multi_label=network.is_multi_label,
     )
     if not explanation.heatmap.any():
@@ -2330,15 +2331,14 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     examples = [it for it in explained.values() if it.true_index is not None]
     shown = own or examples[:EXAMPLES_SHOWN]
     tell = progress.tell_pictures
-    pictures = {"layers": tell(draw_grids(output, network, shown[0]))}
-    sheets = [tell(draw_patterns(output, of_convolution)) for of_convolution in patterns]
-    if evaluation:
-        for convolution in network.nearest_convolutions(EXAMPLE_CONVOLUTIONS):
-            peaks = survey.peaks[convolution.activation]
-            for it in patterns:
-                if it.convolution == convolution:
-                    sheets.append(tell(draw_examples(output, network, it, peaks, survey.paths)))
-    pictures["filters"] = [picture for of_sheet in sheets for picture in of_sheet]
+    pictures = {"layers": tell(draw_grids(output, network, shown[0])), "filters": []}
+    for it in patterns:
+        pictures["filters"] += tell(draw_patterns(output, it))
+    with_photos = network.nearest_convolutions(EXAMPLE_CONVOLUTIONS) if evaluation else []
+    for it in patterns:
+        if it.convolution in with_photos:
+            peaks = survey.peaks[it.convolution.activation]
+            pictures["filters"] += tell(draw_examples(output, network, it, peaks, survey.paths))
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
     pictures["concepts"] = tell(draw_concepts(output, survey))
@@ -2371,9 +2371,9 @@ def draw_strip(output, network, explanation, patterns):
         f"activations, convolution {grid.number}": activations,
         f"what filters look for, convolution {pattern.convolution.number}": patterns,
     }
-    field = network.receptive_fields[network.heatmap_layer]
     title = f"where it looks for {explanation.class_name}"
-    overlay = Panel(explanation, title, explanation.heatmap, field)
+    heatmap = placed(network, network.heatmap_layer, explanation.heatmap)
+    overlay = Panel(explanation, title, heatmap)
     save_strip(output / "strip.jpg", Panel(explanation, "a photo"), overlay, middle)
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
 
@@ -3275,9 +3275,8 @@ class Panel:
 
     explanation: Explanation
     title: str = ""
-    heatmap: np.ndarray | None = None  # (h, w)
-    field: ReceptiveField | None = None  # of the heatmap's positions
-    positions: bool = False  # the heatmap's own positions, without the photo
+    heatmap: np.ndarray | None = None  # (h, w), over the whole photo
+    field: ReceptiveField | None = None  # of its positions: these are shown, without the photo
 
 
 @figure_style
@@ -3323,15 +3322,12 @@ def _draw_panel(axes, panel, norm, colours):
         axes.imshow(photo, extent=extent)
     else:
         heatmap, below = panel.heatmap, photo.mean(2)
-        if panel.positions:
+        if panel.field:
             extent, below = _positions_extent(panel), np.full((1, 1), 127)
-        else:
-            size = panel.explanation.pixels.shape[:2]
-            heatmap = place_heatmap(heatmap, panel.field, size)
         # Over grey, and at one opacity everywhere, so that each colour has one meaning.
         axes.imshow(below, cmap="gray", vmin=0, vmax=255, extent=extent)
         drawn = axes.imshow(heatmap, colours, norm, alpha=OVERLAY_OPACITY, extent=extent)
-        drawn.set_interpolation("nearest" if panel.positions else "bilinear")
+        drawn.set_interpolation("nearest" if panel.field else "bilinear")
     axes.set_aspect(_shown_aspect(panel.explanation.photo) * width / height)
     axes.set(xlim=(0, width), ylim=(height, 0))
     return drawn
@@ -3377,7 +3373,7 @@ def save_strip(path, photo, overlay, middle):
     """Draw the middle square of a photo, square pictures {title: array}, and an overlay."""
     figure = Figure(figsize=(16, 4.4), layout="compressed")
     first, *between, last = figure.subplots(1, 2 + len(middle))
-    norm = Normalize(0, overlay.heatmap.max() or 1)
+    norm = Normalize(0, overlay.explanation.heatmap.max() or 1)
     height, width = photo.explanation.photo.shape[:2]
     side = min(height, width)
     for axes, panel in ((first, photo), (last, overlay)):
@@ -3464,7 +3460,7 @@ def save_confusion_matrix(path, evaluation):
     """Draw how often each true class (row) is taken for each class (column)."""
     counts = evaluation.confusion
     classes = len(counts)
-    names = [_shorten(printable(name), 3) for name in evaluation.class_names]
+    names = [_shorten(name, 3) for name in evaluation.class_names]
     few = classes <= 25  # so that a number fits into each square
     side = 0.8 if few else 20 / classes
     figure = Figure(figsize=(3.5 + side * classes, 2.5 + side * classes), layout="constrained")
@@ -3483,9 +3479,7 @@ def save_confusion_matrix(path, evaluation):
     axes.set_title(title, loc="left", fontsize=large)
     if few:
         for (row, column), share in np.ndenumerate(drawn.get_array()):
-            red, green, blue, _ = drawn.cmap(drawn.norm(share))
-            luminance = 0.3 * red + 0.6 * green + 0.1 * blue
-            colour = "black" if luminance > 0.5 else "white"
+            colour = "black" if share > 0.4 else "white"  # on light blue, or on dark
             style = {"ha": "center", "va": "center", "color": colour}
             axes.text(column, row, counts[row, column], **style)
     save_figure(path, figure)
@@ -3612,26 +3606,23 @@ def nearest_photos(survey, training, seed=0):
 
     training: (paths, class indices). Photos that do not decode are left out; None without any.
     """
-    paths, labels = list(training[0]), np.asarray(training[1], int)
-    kept, features = [], []
-    chosen = evenly_by_class(labels, TRAINING_PHOTOS, seed)
-    # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
-    with bfloat16_where_fast():
-        extract = _traced_extractor(survey.network, [])
-        for some in batched(chosen, PHOTOS_AT_ONCE):
-            pixels = []
-            for k in some:
-                with contextlib.suppress(Stop):
-                    pixels.append(survey.read(Path(paths[k])))
-                    kept.append(k)
-            if pixels:
-                (feature_maps,) = extract(np.stack(pixels).astype("float32"))
-                features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
+    paths, labels = list(map(Path, training[0])), np.asarray(training[1], int)
+    kept, pixels = [], []
+    for k in evenly_by_class(labels, TRAINING_PHOTOS, seed):
+        with contextlib.suppress(Stop):
+            pixels.append(survey.read(paths[k]))
+            kept.append(k)
     if not kept:
         return None
+    features = []
+    # That no eye sees what bfloat16 rounds holds here, too: it is only a ranking.
+    with bfloat16_where_fast():
+        extract = traced_extractor(survey.network, [])
+        for some in batched(pixels, PHOTOS_AT_ONCE):
+            (feature_maps,) = extract(np.stack(some).astype("float32"))
+            features.append(tf.reduce_mean(feature_maps, axis=(1, 2)).numpy())
     directions, others = map(keras.utils.normalize, (survey.features, np.concatenate(features)))
-    similarity = directions @ others.T
-    return Nearest([Path(paths[k]) for k in kept], labels[kept], similarity)
+    return Nearest([paths[k] for k in kept], labels[kept], directions @ others.T)
 
 
 def evenly_by_class(labels, most, seed=0):
@@ -3691,7 +3682,7 @@ def _run_facts(survey, record, command):
     settings = (record or {}).get("settings", {})
     versions = {"Python": sys.version.split()[0], "TensorFlow": tf.__version__}
     named = (settings | versions | {"Keras": keras.__version__}).items()
-    class_names = [printable(name) for name in survey.class_names]
+    class_names = survey.class_names
     return {
         "format": 4,
         "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
@@ -3752,7 +3743,7 @@ def _warnings_about(evaluation):
 
 def _test_table(evaluation):
     """The confusion matrix as rows for the page: counts as numbers, all else as texts."""
-    names = [printable(name) for name in evaluation.class_names]
+    names = evaluation.class_names
     rows = zip(names, evaluation.confusion.tolist(), evaluation.recall, strict=True)
     return [
         ["true \\ predicted", *names, "recall"],
@@ -3762,8 +3753,7 @@ def _test_table(evaluation):
 
 
 def _reliability_entry(evaluation):
-    """How sure the model is and how often it is right: for each bin of confidence its photos, their
-    mean confidence, and how many of them are right. None where that is not known."""
+    """The photos, their mean confidence, and the right ones, for each bin; None where not known."""
     if evaluation is None or evaluation.is_multi_label:
         return None
     bins = [
@@ -3778,7 +3768,7 @@ def save_predictions(path, survey):
 
     A multi-label model may predict several classes of a photo, or none.
     """
-    names = [printable(name) for name in survey.class_names]
+    names = survey.class_names
     predicted = predicted_classes(survey.probabilities, survey.network.is_multi_label)
     true = ["" if label < 0 else names[label] for label in survey.labels]
     # With a mark in front, by which a spreadsheet knows UTF-8.
@@ -3904,21 +3894,18 @@ def _stored_photos(survey, explained):
 def _photo_entry(survey, number):
     """What the survey found of one photo."""
     label, probabilities = int(survey.labels[number]), survey.probabilities[number]
-    true_index = None if label < 0 else label
-    class_names = [printable(name) for name in survey.class_names]
-    is_multi_label = survey.network.is_multi_label
+    true_index, is_multi_label = None if label < 0 else label, survey.network.is_multi_label
     doubts = doubt(probabilities[None], np.array([label]), is_multi_label)
-    of_classes = dict(zip(survey.classes[number].tolist(), survey.uncut[number], strict=True))
     return {
         "name": survey.name(number),
-        "verdict": verdict(class_names, probabilities, true_index, is_multi_label),
+        "verdict": verdict(survey.class_names, probabilities, true_index, is_multi_label),
         "own": label < 0,
         "true": true_index,
         "mistake": bool(doubts[0] < 0),
         "confidence": round(float(probabilities.max()), 4),
         "doubt": round(float(doubts[0]), 4),
         "probabilities": _probability_entries(probabilities, label),
-        "heatmaps": _heatmap_entries([of_classes]),
+        "heatmaps": _heatmap_entries([survey.uncut_of(number)]),
         "concepts": _concept_entries(survey, number),
     }
 
@@ -4037,12 +4024,13 @@ def _picture_facts(output, survey, detailed, pictures, stored, progress):
         entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(detailed), quality=72)
         entry |= _firing_entries(survey, detailed, stored, entry["activation"])
         progress.tell(path.name)
-    of_run = [picture for of_part in pictures.values() for picture in of_part]
-    return {
-        "filters": filters,
-        "channels": _convolution_entries(pictures["layers"]),
-        "pictures": [_picture_entry(output, it) for it in of_run],
-    }
+    shown = []
+    for picture in itertools.chain(*pictures.values()):
+        width, height = Image.open(output / picture.file).size
+        size = {"width": width, "height": height}
+        shown.append({"file": picture.file, "caption": picture.caption} | size)
+    channels = _convolution_entries(pictures["layers"])
+    return {"filters": filters, "channels": channels, "pictures": shown}
 
 
 def sheet_facts(convolution, layer, silent, place):
@@ -4066,36 +4054,27 @@ def _convolution_entries(pictures):
     return list(entries.values())
 
 
-def _picture_entry(output, picture):
-    width, height = Image.open(output / picture.file).size
-    caption = {"file": picture.file, "caption": picture.caption}
-    return caption | {"width": width, "height": height}
-
-
 def _firing_entries(survey, detailed, stored, layer):
-    """What fires each filter of a layer, and how selective it is; see selectivity_of."""
-    peaks, index_of = survey.peaks[layer], {k: index for index, k in enumerate(stored)}
+    """What fires each filter of a layer, and how selective it is; see selectivity_of.
+
+    patches: for each filter [photo, row, column, activation], strongest first.
+    """
+    peaks = survey.peaks[layer]
+    values, positions = peaks.values.astype(float).round(3).tolist(), peaks.positions.tolist()
+    index_of = {k: index for index, k in enumerate(stored)}
+    patches = [
+        [
+            [index_of[k], *positions[k][number], values[k][number]]
+            for k in top_photos(peaks, number, PATCHES)
+        ]
+        for number in range(peaks.values.shape[1])
+    ]
     return {
         "field": _layer_entry(survey.network, layer),
-        "patches": _patch_entries(peaks, index_of),
-        "peaks": peaks.values[detailed].astype(float).round(3).tolist(),
+        "patches": patches,
+        "peaks": [values[k] for k in detailed],
         "selectivity": selectivity_of(peaks).astype(float).round(3).tolist(),
     }
-
-
-def _patch_entries(peaks, index_of):
-    """For each filter the [photo, row, column, activation] that fire it most, strongest first.
-
-    index_of: {photo number: its index on the page}.
-    """
-    entries = []
-    for number in range(peaks.values.shape[1]):
-        patches = []
-        for k in top_photos(peaks, number, PATCHES):
-            row, column = peaks.positions[k, number].tolist()
-            patches.append([index_of[k], row, column, round(float(peaks.values[k, number]), 3)])
-        entries.append(patches)
-    return entries
 
 
 def _activation_maps(survey, numbers):
@@ -4697,7 +4676,7 @@ def report(survey, options):
             _write_json(file, read_record(file) | {"test": metrics})
     for path, probabilities in zip(options.photos, survey.probabilities, strict=False):
         best = most_probable(probabilities)[:3]
-        named = (f"{printable(survey.class_names[k])} {percent(probabilities[k])}" for k in best)
+        named = (f"{survey.class_names[k]} {percent(probabilities[k])}" for k in best)
         print(f"{printable(path.name)}: {', '.join(named)}", flush=True)
 
 
