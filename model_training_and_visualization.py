@@ -129,7 +129,7 @@ def parse_options(words=None):
         usage="python model_training_and_visualization.py [options], --help for all",
     )
     add = parser.add_argument
-    folder = {"type": Path, "metavar": "DIR"}
+    folder, number = {"type": Path, "metavar": "DIR"}, {"type": int, "metavar": "N"}
     add("--data", **folder, default=".", help="holds train, validation and test (default: here)")
     add("--output", **folder, default="Images", help="where the pictures go (default: Images)")
     add(
@@ -146,9 +146,7 @@ def parse_options(words=None):
         help="a first look in minutes: smaller photos, fewer epochs, from scratch where ImageNet's "
         "weights cannot be had",
     )
-    way.add_argument(
-        "--skip-training", action="store_true", help="draw from the saved model in --model"
-    )
+    way.add_argument("--skip-training", action="store_true", help="draw the saved model in --model")
     add(
         "--pixels",
         default=PIXELS[0],
@@ -167,15 +165,14 @@ def parse_options(words=None):
     add(
         "--weights",
         metavar="START",
-        help="imagenet, none (from scratch), or a file of weights or a model (default: imagenet)",
+        help="imagenet (default), none (from scratch), or a file of weights or a model",
     )
-    add("--epochs", type=int, metavar="N", help="of all phases (default: 10)")
-    add("--batch-size", type=int, metavar="N", help="photos a step (default: 32)")
+    add("--epochs", **number, help="of all phases (default: 10)")
+    add("--batch-size", **number, help="photos a step (default: 32)")
     add(
         "--image-size",
-        type=int,
-        metavar="N",
-        help="side of the model's square input, if the model leaves it open (default: 299)",
+        **number,
+        help="side of the input, if the model leaves it open (default: 299)",
     )
     add(
         "--freeze-below",
@@ -194,7 +191,7 @@ def parse_options(words=None):
     add("--balance", action="store_true", help="let classes of unlike size weigh alike")
     add("--mixed-precision", action="store_true", help="half precision where the machine can")
     add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same result (default: 0)")
+    add("--seed", **number, default=0, help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
     _check_options(parser, options)
     return options if options.quick else completed(options, DEFAULTS)
@@ -247,7 +244,7 @@ for line in sys.stdin.buffer:
 
 
 @contextlib.contextmanager
-def without_lines(known):
+def _without_lines(known):
     """Leave out the lines on the standard error that hold known words.
 
     Another process passes on the others, so that they come even if this one crashes, as TensorFlow
@@ -267,7 +264,7 @@ def without_lines(known):
         others.communicate()
 
 
-@without_lines(START_UP_LINES)
+@_without_lines(START_UP_LINES)
 def _load_libraries():
     """Load TensorFlow, Keras and the rest. Raises Stop, saying what to change, where one fails."""
     if not os.environ.get("MPLBACKEND", "").startswith("module://"):  # that is a notebook's
@@ -370,14 +367,6 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     return batches, class_names
 
 
-def _split_command(folder):
-    """The command that fills the folder with train, validation and test."""
-    words = ["python", "create_train_val_test.py", "PHOTOS", "--output", os.fspath(folder)]
-    if any((folder / name).exists() for name in SPLITS):
-        words.append("--overwrite")
-    return pasteable(*words)
-
-
 def photos_of(folder, class_names):
     """(paths, class indices) of the photos in class folders, sorted, without what is hidden."""
     paths, labels = [], []
@@ -462,6 +451,14 @@ class PhotoGenerator(tf.keras.preprocessing.image.ImageDataGenerator):
         return super().apply_transform(x, rest)
 
 
+def _split_command(folder):
+    """The command that fills the folder with train, validation and test."""
+    words = ["python", "create_train_val_test.py", "PHOTOS", "--output", os.fspath(folder)]
+    if any((folder / name).exists() for name in SPLITS):
+        words.append("--overwrite")
+    return pasteable(*words)
+
+
 def _affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
     """Keras's affine transform of a (height, width, 3) photo, its edge pixels carried on outwards.
 
@@ -511,21 +508,6 @@ def build_model(class_count, image_size, weights):
     return keras.Model(photo, probabilities)
 
 
-def _backbone(scaled, weights):
-    """InceptionV3 without its top on scaled photos, with the weights that build_model is given."""
-    if weights == "imagenet":
-        try:
-            weights = imagenet_weights()
-        except OSError as error:
-            raise Stop(imagenet_failure(error), exit_code=1) from error
-    base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
-    if weights != "none":
-        return load_backbone_weights(base, Path(weights))
-    if base.output.shape[1] < FEWEST_POSITIONS:
-        return without_last_stride(base)
-    return base
-
-
 def without_last_stride(base):
     """The same model, untrained, with strides of 1 after mixed7: an output stride of 16, not 32.
 
@@ -541,6 +523,21 @@ def without_last_stride(base):
         return type(layer).from_config(config)
 
     return keras.models.clone_model(base, base.inputs, with_stride_1)
+
+
+def _backbone(scaled, weights):
+    """InceptionV3 without its top on scaled photos, with the weights that build_model is given."""
+    if weights == "imagenet":
+        try:
+            weights = imagenet_weights()
+        except OSError as error:
+            raise Stop(imagenet_failure(error), exit_code=1) from error
+    base = keras.applications.InceptionV3(include_top=False, input_tensor=scaled, weights=None)
+    if weights != "none":
+        return load_backbone_weights(base, Path(weights))
+    if base.output.shape[1] < FEWEST_POSITIONS:
+        return without_last_stride(base)
+    return base
 
 
 # ---- 3. Training: first the head, then the upper blocks ------------------------------------------
@@ -777,10 +774,6 @@ class Evaluation:
         return not self.is_multi_label and self.accuracy <= self.chance
 
 
-def _shares(counts, totals):
-    return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
-
-
 def differ_in_size(counts):
     """Whether the largest of classes with so many photos has more than twice the smallest's."""
     return max(counts) > 2 * min(counts)
@@ -824,16 +817,14 @@ def evaluation_report(evaluation):
     """
     names = evaluation.class_names
     width = max(5, *map(len, names))
-    lines = [
-        f"Test: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.4f}"
-        f"  ({accuracy_text(evaluation)})",
-        f"{'class':{width}}  precision  recall  photos",
-    ]
+    measured = f" accuracy {evaluation.accuracy:.4f}  ({accuracy_text(evaluation)})"
     if evaluation.is_multi_label:
-        lines[0] = f"Test: loss {evaluation.loss:.4f} (each class by itself, called so from 0.5 up)"
+        measured = "(each class by itself, called so from 0.5 up)"
+    lines = [f"Test: loss {evaluation.loss:.4f} {measured}"]
+    lines.append(f"{'class':{width}}  precision  recall  photos")
     columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
     for name, precision, recall, count in columns:
-        precision, recall = _share_text(precision), _share_text(recall)
+        precision, recall = share_text(precision), share_text(recall)
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
     if not evaluation.is_multi_label:
         lines.append(most_confused(evaluation.confusion, names))
@@ -856,7 +847,7 @@ def accuracy_text(evaluation):
     return text
 
 
-def _share_text(share):
+def share_text(share):
     """A share in two digits, or a dash where there is none (nan)."""
     return "—" if np.isnan(share) else f"{share:.2f}"
 
@@ -911,7 +902,7 @@ class Picture:
 def draw_evaluation(output, evaluation, record=None):
     """Draw the confusion matrix and, where the training is recorded, its curves: [Picture].
 
-    record: see read_record; its settings hold {"phases": {name: number of epochs}}.
+    record: see _read_record; its settings hold {"phases": {name: number of epochs}}.
     """
     save_confusion_matrix(output / "confusion_matrix.png", evaluation)
     caption = "How often each true class (row) is taken for each class (column)"
@@ -924,6 +915,10 @@ def draw_evaluation(output, evaluation, record=None):
         caption = "Loss and accuracy after each epoch; the red one was kept"
         pictures.append(Picture(path.name, caption))
     return pictures
+
+
+def _shares(counts, totals):
+    return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
 
 
 # ---- 5. Activation grids: what each channel of a layer shows -------------------------------------
@@ -957,29 +952,6 @@ def activation_grid(model, photo, layer_name):
     return tile(_channel_tiles(activation[0]), GRID_COLUMNS)
 
 
-def _channel_tiles(activation):
-    """Pictures (channels, side, side, 3) uint8 of an (h, w, channels) activation.
-
-    Each channel has a scale of its own. One that is 0 everywhere becomes a light cross on grey.
-    """
-    channels = activation.shape[2]
-    side = int(np.clip(1800 / math.sqrt(channels), 24, 96))  # smaller where there are many
-    interpolation = cv2.INTER_AREA if activation.shape[0] > side else cv2.INTER_NEAREST
-    tiles = np.empty((channels, side, side, 3), "uint8")
-    for index in range(channels):
-        channel = activation[..., index]
-        if channel.any():
-            strength = np.abs(channel)
-            # Full colour for the highest value would let one hot pixel turn all others black.
-            full = np.percentile(strength, 99.5) or strength.max()
-            colours = ACTIVATION_COLOURS(CenteredNorm(0, full)(channel), bytes=True)[..., :3]
-            tiles[index] = cv2.resize(colours, (side, side), interpolation=interpolation)
-        else:
-            cross = np.eye(side, dtype=bool) | np.eye(side, dtype=bool)[::-1]
-            tiles[index] = np.where(cross[..., None], 150, 70)
-    return tiles
-
-
 def draw_grids(output, network, explanation):
     """Draw an explained photo, the ReLU, and all channels of some layers for it: [Picture]."""
     save_photo(output / "OriginalImage.jpeg", explanation.photo)
@@ -1002,6 +974,29 @@ def draw_grids(output, network, explanation):
             place = save_sheet(output / file, _channel_tiles(activation), GRID_COLUMNS, caption)
             pictures.append(Picture(file, caption, sheet_facts(convolution, layer, silent, place)))
     return pictures
+
+
+def _channel_tiles(activation):
+    """Pictures (channels, side, side, 3) uint8 of an (h, w, channels) activation.
+
+    Each channel has a scale of its own. One that is 0 everywhere becomes a light cross on grey.
+    """
+    channels = activation.shape[2]
+    side = int(np.clip(1800 / math.sqrt(channels), 24, 96))  # smaller where there are many
+    interpolation = cv2.INTER_AREA if activation.shape[0] > side else cv2.INTER_NEAREST
+    tiles = np.empty((channels, side, side, 3), "uint8")
+    for index in range(channels):
+        channel = activation[..., index]
+        if channel.any():
+            strength = np.abs(channel)
+            # Full colour for the highest value would let one hot pixel turn all others black.
+            full = np.percentile(strength, 99.5) or strength.max()
+            colours = ACTIVATION_COLOURS(CenteredNorm(0, full)(channel), bytes=True)[..., :3]
+            tiles[index] = cv2.resize(colours, (side, side), interpolation=interpolation)
+        else:
+            cross = np.eye(side, dtype=bool) | np.eye(side, dtype=bool)[::-1]
+            tiles[index] = np.where(cross[..., None], 150, 70)
+    return tiles
 
 
 def _grid_caption(title, activation, silent, photo_name):
@@ -1101,6 +1096,44 @@ def filter_patterns(
             if on_progress:
                 on_progress(int(piece[-1]) + 1)
     return pictures, fires
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The patterns of the first filters of a convolution."""
+
+    convolution: object  # a Convolution of the network
+    pictures: np.ndarray  # (n, size, size, 3) uint8
+    fires: np.ndarray  # (n,) booleans
+
+
+def find_patterns(network, seed=0, progress=None, size=PATTERN_SIZE, steps=PATTERN_STEPS):
+    """[Patterns] of the first filters of some convolutions, FILTERS_DRAWN of each."""
+    found = []
+    for convolution in network.nearest_convolutions(PATTERN_CONVOLUTIONS):
+        count = min(FILTERS_DRAWN, convolution.channels)
+        tell = progress and partial(progress.tell_filters, convolution, count, len(found))
+        pictures, fires = filter_patterns(
+            network, convolution.layer, range(count), seed, size=size, steps=steps, on_progress=tell
+        )
+        found.append(Patterns(convolution, pictures, fires))
+    return found
+
+
+def draw_patterns(output, patterns):
+    """Draw a sheet of the patterns of a convolution: [Picture]."""
+    convolution, fires = patterns.convolution, patterns.fires
+    count, silent = len(fires), int((~fires).sum())
+    firing = f"{silent} never fired (red frame)" if silent else "all of them fire"
+    caption = (
+        f"What filters 0 to {count - 1} of {convolution} look for\n"
+        f"{count} of its {convolution.channels} filters, row by row; {firing}"
+    )
+    grey, red = 120, np.array([200, 50, 50])
+    frames = np.where(fires[:, None, None, None], grey, red)
+    file = f"conv2d_{convolution.number}_filters.jpg"
+    place = save_sheet(output / file, patterns.pictures, PATTERN_COLUMNS, caption, frames)
+    return [Picture(file, caption, sheet_facts(convolution, convolution.layer, ~fires, place))]
 
 
 def _ascent_step(network, layer_name, waves, scale, margin):
@@ -1210,44 +1243,6 @@ def _full_contrast(image):
     return _bounded(mean + PATTERN_CONTRAST * (image - mean) / (tf.sqrt(variance) + 1e-12))
 
 
-@dataclass(frozen=True)
-class Patterns:
-    """The patterns of the first filters of a convolution."""
-
-    convolution: object  # a Convolution of the network
-    pictures: np.ndarray  # (n, size, size, 3) uint8
-    fires: np.ndarray  # (n,) booleans
-
-
-def find_patterns(network, seed=0, progress=None, size=PATTERN_SIZE, steps=PATTERN_STEPS):
-    """[Patterns] of the first filters of some convolutions, FILTERS_DRAWN of each."""
-    found = []
-    for convolution in network.nearest_convolutions(PATTERN_CONVOLUTIONS):
-        count = min(FILTERS_DRAWN, convolution.channels)
-        tell = progress and partial(progress.tell_filters, convolution, count, len(found))
-        pictures, fires = filter_patterns(
-            network, convolution.layer, range(count), seed, size=size, steps=steps, on_progress=tell
-        )
-        found.append(Patterns(convolution, pictures, fires))
-    return found
-
-
-def draw_patterns(output, patterns):
-    """Draw a sheet of the patterns of a convolution: [Picture]."""
-    convolution, fires = patterns.convolution, patterns.fires
-    count, silent = len(fires), int((~fires).sum())
-    firing = f"{silent} never fired (red frame)" if silent else "all of them fire"
-    caption = (
-        f"What filters 0 to {count - 1} of {convolution} look for\n"
-        f"{count} of its {convolution.channels} filters, row by row; {firing}"
-    )
-    grey, red = 120, np.array([200, 50, 50])
-    frames = np.where(fires[:, None, None, None], grey, red)
-    file = f"conv2d_{convolution.number}_filters.jpg"
-    place = save_sheet(output / file, patterns.pictures, PATTERN_COLUMNS, caption, frames)
-    return [Picture(file, caption, sheet_facts(convolution, convolution.layer, ~fires, place))]
-
-
 # ---- 7. What fires a filter: its pattern beside photos -------------------------------------------
 # A pattern shows what a filter could look for, photos what it does find: for some filters the
 # patches of photos on which they fire most, cut out at what that position sees (Zeiler and Fergus,
@@ -1266,7 +1261,7 @@ class Peaks(NamedTuple):
     positions: np.ndarray  # (n, filters, 2), its row and column in the feature map
 
 
-def _peaks_of(activation):
+def peaks_of(activation):
     """The Peaks of feature maps, a tensor (n, h, w, channels)."""
     count, height, width, channels = activation.shape
     flat = tf.reshape(activation, (count, height * width, channels))
@@ -1503,11 +1498,8 @@ def probabilities_without_places(predict, photo):
     """
     height, width = photo.shape[:2]
     row_of, column_of = np.arange(height) * PLACES // height, np.arange(width) * PLACES // width
-    masks = [
-        (row_of == row)[:, None] & (column_of == column)
-        for row in range(PLACES)
-        for column in range(PLACES)
-    ]
+    places = np.ndindex(PLACES, PLACES)
+    masks = [(row_of == row)[:, None] & (column_of == column) for row, column in places]
     without = probabilities_without(predict, photo, masks)
     return without.reshape(PLACES, PLACES, -1)
 
@@ -1591,7 +1583,7 @@ def most_probable(probabilities):
     return np.argsort(-probabilities, axis=-1, kind="stable")
 
 
-def _classes_in_question(probabilities, labels):
+def classes_in_question(probabilities, labels):
     """(n, k) class indices for each photo: of up to ALL_CLASSES all, the most probable first; of
     more the PROBABLE_CLASSES most probable, then the true one.
 
@@ -1745,7 +1737,7 @@ def heatmaps_of(network, photos, labels):
 def draw_learning(output, network, record):
     """Draw how the model learnt to look, epoch by epoch, at a photo of each class: [Picture].
 
-    record: see read_record. Nothing is drawn where nobody looked on.
+    record: see _read_record. Nothing is drawn where nobody looked on.
     """
     looks, history = record.get("looks"), record["history"]
     if not looks:
@@ -1856,57 +1848,6 @@ def concept_maps(feature_maps, vectors, steps=30):
     return maps
 
 
-def _non_negative_factor(activations, left, right):
-    """The (k, channels) vectors of length 1 of which (n, channels) activations are sums.
-
-    left: (k, n) and right: (k, channels), how to start. Alternating least squares, one concept
-    after the other (HALS, Cichocki and Phan, 2009), which get as far in ten steps as the usual
-    multiplicative updates in sixty.
-    """
-    weights, vectors = left.T.copy(), right.T.copy()
-    for _ in range(FACTORIZATION_STEPS):
-        _improve(weights, activations @ vectors, vectors.T @ vectors)
-        _improve(vectors, activations.T @ weights, weights.T @ weights)
-        lengths = np.linalg.norm(vectors, axis=0).clip(1e-12)
-        vectors /= lengths
-        weights *= lengths
-    return vectors.T
-
-
-def _improve(weights, products, overlaps):
-    """A step of least squares: each column of (…, k) weights in turn takes its best value >= 0."""
-    for k in range(len(overlaps)):
-        missing = products[..., k] - weights @ overlaps[k]
-        weights[..., k] += missing / max(overlaps[k, k], 1e-12)
-        np.maximum(0, weights[..., k], out=weights[..., k])
-
-
-def _singular_vectors(activations, count):
-    """Non-negative (count, n) and (count, channels) to start from.
-
-    Of each of the first singular pairs the part, positive or negative, that holds more (NNDSVD,
-    Boutsidis and Gallopoulos, 2008).
-    """
-    same_start = np.ones(min(activations.shape), "float32")
-    left, strengths, right = scipy.sparse.linalg.svds(activations, count, v0=same_start)
-    pairs = []
-    for column, strength, row in zip(left.T[::-1], strengths[::-1], right[::-1], strict=True):
-        of_signs = [(np.maximum(0, sign * column), np.maximum(0, sign * row)) for sign in (1, -1)]
-        lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in of_signs]
-        better = int(lengths[1] > lengths[0])
-        one, other = of_signs[better]
-        # A little everywhere: what is 0 is so for no reason that would last.
-        pairs.append((strength * one + 1e-6, other + 1e-6))
-    return tuple(np.stack(parts).astype("float32") for parts in zip(*pairs, strict=True))
-
-
-def _logits_of(network, feature_maps):
-    """The logits (n, classes) of feature maps (n, h, w, channels) of the last layer."""
-    feature_maps = tf.constant(feature_maps)
-    (logits,) = network.compute(feature_maps, [LOGITS], start=network.heatmap_layer)
-    return logits.numpy()
-
-
 def concept_shares(model, photo, found, class_index):
     """What each of the found Concepts adds to the logit of a class on a photo, and the rest.
 
@@ -1920,12 +1861,12 @@ def concept_shares(model, photo, found, class_index):
     classes = np.array([[class_index]])
     ((feature_maps, weights),) = channel_weights(forward, network.as_batch(photo), classes)
     maps = concept_maps(feature_maps.numpy(), found.vectors)
-    shares = _shares_of_classes(weights, found.vectors, maps)[0, 0]
+    shares = shares_of_classes(weights, found.vectors, maps)[0, 0]
     whole = np.sum(weights[0, 0] * feature_maps.numpy().sum((0, 1, 2)))
     return shares, float(whole - shares.sum())
 
 
-def _shares_of_classes(weights, vectors, maps):
+def shares_of_classes(weights, vectors, maps):
     """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
     return weights @ vectors.T * maps.sum((1, 2))[:, None]
 
@@ -2056,6 +1997,57 @@ def evidence(survey, number, class_index):
     return [(int(k), float(parts[k])) for k in ranking if parts[k] >= SMALLEST_PART]
 
 
+def _non_negative_factor(activations, left, right):
+    """The (k, channels) vectors of length 1 of which (n, channels) activations are sums.
+
+    left: (k, n) and right: (k, channels), how to start. Alternating least squares, one concept
+    after the other (HALS, Cichocki and Phan, 2009), which get as far in ten steps as the usual
+    multiplicative updates in sixty.
+    """
+    weights, vectors = left.T.copy(), right.T.copy()
+    for _ in range(FACTORIZATION_STEPS):
+        _improve(weights, activations @ vectors, vectors.T @ vectors)
+        _improve(vectors, activations.T @ weights, weights.T @ weights)
+        lengths = np.linalg.norm(vectors, axis=0).clip(1e-12)
+        vectors /= lengths
+        weights *= lengths
+    return vectors.T
+
+
+def _improve(weights, products, overlaps):
+    """A step of least squares: each column of (…, k) weights in turn takes its best value >= 0."""
+    for k in range(len(overlaps)):
+        missing = products[..., k] - weights @ overlaps[k]
+        weights[..., k] += missing / max(overlaps[k, k], 1e-12)
+        np.maximum(0, weights[..., k], out=weights[..., k])
+
+
+def _singular_vectors(activations, count):
+    """Non-negative (count, n) and (count, channels) to start from.
+
+    Of each of the first singular pairs the part, positive or negative, that holds more (NNDSVD,
+    Boutsidis and Gallopoulos, 2008).
+    """
+    same_start = np.ones(min(activations.shape), "float32")
+    left, strengths, right = scipy.sparse.linalg.svds(activations, count, v0=same_start)
+    pairs = []
+    for column, strength, row in zip(left.T[::-1], strengths[::-1], right[::-1], strict=True):
+        of_signs = [(np.maximum(0, sign * column), np.maximum(0, sign * row)) for sign in (1, -1)]
+        lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in of_signs]
+        better = int(lengths[1] > lengths[0])
+        one, other = of_signs[better]
+        # A little everywhere: what is 0 is so for no reason that would last.
+        pairs.append((strength * one + 1e-6, other + 1e-6))
+    return tuple(np.stack(parts).astype("float32") for parts in zip(*pairs, strict=True))
+
+
+def _logits_of(network, feature_maps):
+    """The logits (n, classes) of feature maps (n, h, w, channels) of the last layer."""
+    feature_maps = tf.constant(feature_maps)
+    (logits,) = network.compute(feature_maps, [LOGITS], start=network.heatmap_layer)
+    return logits.numpy()
+
+
 def _lit(survey, number, concept):
     """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
     network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
@@ -2174,7 +2166,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     def features_and_peaks(numbers):
         pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
         feature_maps, *activations = extract(pixels)
-        peaks = map(_peaks_of, activations)
+        peaks = map(peaks_of, activations)
         return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
 
     # The sample comes first: concepts are found in the features of all its photos.
@@ -2194,36 +2186,6 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     given = (network, extract, list(map(printable, class_names)), paths, read, labels)
     of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
     return Survey(*given, **of_sample, **joined)
-
-
-def _concept_sample(labels, seed):
-    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
-    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
-    return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
-
-
-def _look(network, feature_maps, labels, found):
-    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
-    # From the last layer with positions on, which is handed through: nothing before it need be
-    # computed again.
-    last = network.heatmap_layer
-    from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    feature_maps = tf.constant(feature_maps)
-    _, logits = from_features(feature_maps)
-    probabilities = network.to_probabilities(logits).numpy()
-    classes = _classes_in_question(probabilities, labels)
-    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
-    uncut = weighted_sum(feature_maps, weights)
-    require_finite(probabilities, uncut)
-    maps = concept_maps(feature_maps.numpy(), found.vectors)
-    return {
-        "probabilities": probabilities,
-        "classes": classes,
-        "uncut": uncut,
-        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
-        "concept_maps": maps,
-        "concept_shares": _shares_of_classes(weights, found.vectors, maps),
-    }
 
 
 def traced_extractor(network, layer_names):
@@ -2267,24 +2229,6 @@ def explain(survey, number, by_block=True):
         explanation = replace(explanation, of_all_blocks=heatmap)
     deletions = deletions_of(network, explanation, survey.predict)
     return replace(explanation, deletions=tuple(deletions))
-
-
-def _uncut_by_block(survey, number):
-    """{block: {class index: (h, w) uncut Grad-CAM}} of a photo, without the last layer.
-
-    Of its two most probable classes and the true one: each more costs a pass through the model.
-    """
-    network = survey.network
-    *blocks, _ = network.heatmap_layers
-    classes = [*survey.classes[number, :2].tolist(), int(survey.class_indices[number])]
-    classes = list(dict.fromkeys(classes))
-    forward = partial(network.compute, names=[*blocks, LOGITS])
-    photo = tf.constant(survey.read(survey.paths[number])[None], tf.float32)
-    of_blocks = uncut_grad_cam(forward, photo, np.array([classes]))
-    return {
-        block: dict(zip(classes, of_photo, strict=True))
-        for block, (of_photo,) in zip(blocks, of_blocks, strict=True)
-    }
 
 
 def draw_survey(
@@ -2352,13 +2296,6 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     return pictures
 
 
-def _puzzle(survey, explained):
-    """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
-    numbers = list(explained)
-    mistakes = [number for number in numbers if explained[number].is_mistake]
-    return numbers[0] if survey.own_count else [*mistakes, *numbers][0]
-
-
 def draw_strip(output, network, explanation, patterns):
     """Draw the run at a glance: a photo, activations, patterns and a heatmap: [Picture]."""
     grid = _last_but_one(network.nearest_convolutions(GRID_CONVOLUTIONS))
@@ -2376,6 +2313,61 @@ def draw_strip(output, network, explanation, patterns):
     overlay = Panel(explanation, title, heatmap)
     save_strip(output / "strip.jpg", Panel(explanation, "a photo"), overlay, middle)
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
+
+
+def _concept_sample(labels, seed):
+    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
+    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
+    return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
+
+
+def _look(network, feature_maps, labels, found):
+    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
+    # From the last layer with positions on, which is handed through: nothing before it need be
+    # computed again.
+    last = network.heatmap_layer
+    from_features = partial(network.compute, names=[last, LOGITS], start=last)
+    feature_maps = tf.constant(feature_maps)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()
+    classes = classes_in_question(probabilities, labels)
+    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
+    uncut = weighted_sum(feature_maps, weights)
+    require_finite(probabilities, uncut)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    return {
+        "probabilities": probabilities,
+        "classes": classes,
+        "uncut": uncut,
+        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
+        "concept_maps": maps,
+        "concept_shares": shares_of_classes(weights, found.vectors, maps),
+    }
+
+
+def _uncut_by_block(survey, number):
+    """{block: {class index: (h, w) uncut Grad-CAM}} of a photo, without the last layer.
+
+    Of its two most probable classes and the true one: each more costs a pass through the model.
+    """
+    network = survey.network
+    *blocks, _ = network.heatmap_layers
+    classes = [*survey.classes[number, :2].tolist(), int(survey.class_indices[number])]
+    classes = list(dict.fromkeys(classes))
+    forward = partial(network.compute, names=[*blocks, LOGITS])
+    photo = tf.constant(survey.read(survey.paths[number])[None], tf.float32)
+    of_blocks = uncut_grad_cam(forward, photo, np.array([classes]))
+    return {
+        block: dict(zip(classes, of_photo, strict=True))
+        for block, (of_photo,) in zip(blocks, of_blocks, strict=True)
+    }
+
+
+def _puzzle(survey, explained):
+    """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
+    numbers = list(explained)
+    mistakes = [number for number in numbers if explained[number].is_mistake]
+    return numbers[0] if survey.own_count else [*mistakes, *numbers][0]
 
 
 def _last_but_one(items):
@@ -2458,7 +2450,7 @@ class Network:
             raise Stop(f"{needed} model that takes RGB or grey photos; this one takes {shape[1:]}.")
         self.input_size = tuple(side or open_side for side in shape[1:3])  # height, width in pixels
         self.is_grey, self.pixels = shape[3] == 1, pixels
-        self.steps = [_first_step(pixels, self.is_grey)]
+        self.steps = [first_step(pixels, self.is_grey)]
         _unfold(model, self.steps[0].results, self.steps)
         photos = np.random.default_rng(0).uniform(0, 255, (4, *self.input_size, 3))
         photos = tf.constant(photos, tf.float32)
@@ -2689,15 +2681,7 @@ class Network:
         return calls
 
 
-def _run(steps, tensors, calls=None):
-    """Put what comes out of steps into tensors, {number: tensor}. calls: {step: another call}"""
-    for step in steps:
-        call = (calls or {}).get(step, step.call)
-        results = call(*(tensors[source] for source in step.sources))
-        tensors.update(zip(step.results, results, strict=True))
-
-
-def _first_step(pixels, is_grey):
+def first_step(pixels, is_grey):
     """The Step from 0–255 RGB to what a model was trained on: one of PIXELS, and maybe grey.
 
     Raises Stop for other pixels, and for those of three colours where the model takes one.
@@ -2716,6 +2700,48 @@ def _first_step(pixels, is_grey):
         return [photos]
 
     return Step(PHOTO, None, [INPUT], [INPUT + 1], call)
+
+
+@dataclass(frozen=True)
+class ReceptiveField:
+    """Where a layer's positions look, in pixels of the model's input: (rows, columns) each."""
+
+    centre: tuple  # of the first position; the centre of pixel k is k
+    stride: tuple  # from one position to the next
+    size: tuple  # what a position can see
+
+    def place(self, position):
+        """The middle (y, x) of what a position sees, where pixel k lies between k and k + 1.
+
+        position: (row, column), or a fraction between positions.
+        """
+        y, x = np.array(self.centre) + 0.5 + np.array(position) * self.stride
+        return float(y), float(x)
+
+    def after_window(self, kernel, strides, padding):
+        """The field after a window of this kernel size; padding: positions put before the first."""
+        centre, stride, size = map(np.array, (self.centre, self.stride, self.size))
+        kernel, strides, padding = map(np.array, (kernel, strides, padding))
+        centre = centre + ((kernel - 1) / 2 - padding) * stride
+        size = size + (kernel - 1) * stride
+        stride = stride * strides
+        return ReceptiveField(*(tuple(it.tolist()) for it in (centre, stride, size)))
+
+
+def require_finite(*arrays):
+    """Raises Stop where an array holds nan or infinity."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        reason = "what it computes for a photo are no finite numbers"
+        remedy = "Train one with a smaller --learning-rate."
+        raise Stop(f"The model is of no use: {reason}.\n{remedy}", exit_code=1)
+
+
+def _run(steps, tensors, calls=None):
+    """Put what comes out of steps into tensors, {number: tensor}. calls: {step: another call}"""
+    for step in steps:
+        call = (calls or {}).get(step, step.call)
+        results = call(*(tensors[source] for source in step.sources))
+        tensors.update(zip(step.results, results, strict=True))
 
 
 def _unfold(model, sources, steps):
@@ -2925,32 +2951,6 @@ def _convolved(layer, tensor):
     return layer.activation(output + layer.bias if layer.use_bias else output)
 
 
-@dataclass(frozen=True)
-class ReceptiveField:
-    """Where a layer's positions look, in pixels of the model's input: (rows, columns) each."""
-
-    centre: tuple  # of the first position; the centre of pixel k is k
-    stride: tuple  # from one position to the next
-    size: tuple  # what a position can see
-
-    def place(self, position):
-        """The middle (y, x) of what a position sees, where pixel k lies between k and k + 1.
-
-        position: (row, column), or a fraction between positions.
-        """
-        y, x = np.array(self.centre) + 0.5 + np.array(position) * self.stride
-        return float(y), float(x)
-
-    def after_window(self, kernel, strides, padding):
-        """The field after a window of this kernel size; padding: positions put before the first."""
-        centre, stride, size = map(np.array, (self.centre, self.stride, self.size))
-        kernel, strides, padding = map(np.array, (kernel, strides, padding))
-        centre = centre + ((kernel - 1) / 2 - padding) * stride
-        size = size + (kernel - 1) * stride
-        stride = stride * strides
-        return ReceptiveField(*(tuple(it.tolist()) for it in (centre, stride, size)))
-
-
 def _keeps_positions(layer, before, after):
     """Whether a layer's output of shape `after`, without n, has positions in the photo.
 
@@ -3001,14 +3001,6 @@ def _union(fields):
     start, end = (centres - reaches).min(0), (centres + reaches).max(0)
     centre, size = ((start + end) / 2).tolist(), (end - start + 1).tolist()
     return ReceptiveField(tuple(centre), fields[0].stride, tuple(size))
-
-
-def require_finite(*arrays):
-    """Raises Stop where an array holds nan or infinity."""
-    if not all(np.isfinite(array).all() for array in arrays):
-        reason = "what it computes for a photo are no finite numbers"
-        remedy = "Train one with a smaller --learning-rate."
-        raise Stop(f"The model is of no use: {reason}.\n{remedy}", exit_code=1)
 
 
 # ---- Checkpoints, and the machine ----------------------------------------------------------------
@@ -3147,24 +3139,17 @@ def half_precision():
     """Keras's dtype policy for half precision, or for full where the machine lacks it."""
     if tf.config.list_physical_devices("GPU"):
         return "mixed_float16"
-    if computes_in_bfloat16():
+    if _computes_in_bfloat16():
         return "mixed_bfloat16"
     print("--mixed-precision: no GPU, nor a CPU known to compute in bfloat16; float32 is used.")
     return "float32"
-
-
-def computes_in_bfloat16():
-    """Whether the CPU is known to have instructions for bfloat16."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text().split() if cpu.is_file() else []
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 @contextlib.contextmanager
 def bfloat16_where_fast():
     """Convolve in bfloat16 on CPUs that are made for it: a third faster, and no eye sees it."""
     option = "auto_mixed_precision_onednn_bfloat16"
-    tf.config.optimizer.set_experimental_options({option: computes_in_bfloat16()})
+    tf.config.optimizer.set_experimental_options({option: _computes_in_bfloat16()})
     try:
         yield
     finally:
@@ -3177,6 +3162,13 @@ def training_strategy():
     if len(devices) > 1:
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     return tf.distribute.get_strategy()
+
+
+def _computes_in_bfloat16():
+    """Whether the CPU is known to have instructions for bfloat16."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().split() if cpu.is_file() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
 # ---- Figures and sheets --------------------------------------------------------------------------
@@ -3229,8 +3221,8 @@ def save_sheet(path, pictures, columns, title, frames=BACKGROUND):
     frames: see tile. Returns how the sheet is cut again; see tiling.
     """
     sheet = tile(pictures, columns, frames)
-    title = wrap(title, max(8, sheet.shape[1] / 100))
-    width = max(sheet.shape[1], *(math.ceil(100 * text_width(it)) for it in title.split("\n")))
+    title = _wrap(title, max(8, sheet.shape[1] / 100))
+    width = max(sheet.shape[1], *(math.ceil(100 * _text_width(it)) for it in title.split("\n")))
     above = _title_picture(title, width + 2 * SHEET_BORDER)
     below = np.full((sheet.shape[0] + SHEET_BORDER, *above.shape[1:]), BACKGROUND, "uint8")
     below[: sheet.shape[0], SHEET_BORDER : SHEET_BORDER + sheet.shape[1]] = sheet
@@ -3254,21 +3246,6 @@ def tiling(path, picture, tiles, columns, left=0, top=0, gap=0):
     }
 
 
-@figure_style
-def _title_picture(title, width):
-    """A title in a (height, width, 3) uint8 strip."""
-    height = SHEET_BORDER + 24 * (1 + title.count("\n"))
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    left, top = SHEET_BORDER / width, 1 - SHEET_BORDER / height
-    figure.text(left, top, title, va="top")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
-    strip = np.full((height, width, 3), BACKGROUND, "uint8")
-    strip[: drawn.shape[0], : drawn.shape[1]] = drawn[:height, :width]  # a pixel may be rounded off
-    return strip
-
-
 @dataclass(frozen=True)
 class Panel:
     """A photo, or a heatmap on it, in a figure of panels."""
@@ -3284,11 +3261,11 @@ def save_panels(path, rows, title, label, norm, colours=HEATMAP_COLOURS, dpi=100
     """Draw rows of panels under a title, beside the colour scale (norm, colours) they share."""
     # All in inches, from the top left corner, as matplotlib's own layouts take seconds.
     side = 12 / max(map(len, rows))
-    title, line_height, gap = wrap(title, 13), 0.26, 0.1
+    title, line_height, gap = _wrap(title, 13), 0.26, 0.1
     below = 2 * gap + line_height * (1 + title.count("\n"))
     places = []
     for row in rows:
-        row = [replace(panel, title=wrap(panel.title, side - 2 * gap)) for panel in row]
+        row = [replace(panel, title=_wrap(panel.title, side - 2 * gap)) for panel in row]
         below += gap + line_height * max(1 + panel.title.count("\n") for panel in row)
         height = side * max(_shown_aspect(panel.explanation.photo) for panel in row)
         for column, panel in enumerate(row):
@@ -3302,35 +3279,10 @@ def save_panels(path, rows, title, label, norm, colours=HEATMAP_COLOURS, dpi=100
     for panel, place in places:
         drawn = _draw_panel(_axes_at(figure, place), panel, norm, colours)
     bar_axes = _axes_at(figure, (12.2, top, 0.25, bar_height))
-    bar = figure.colorbar(drawn, cax=bar_axes, label=wrap(label, bar_height))
+    bar = figure.colorbar(drawn, cax=bar_axes, label=_wrap(label, bar_height))
     bar.formatter.set_powerlimits((-2, 3))  # short numbers, also for small heatmaps
     bar.ax.set_facecolor("0.5")  # a photo's mean grey, on which the overlay's colours lie
-    save_figure(path, figure, dpi, cut=False)
-
-
-def _draw_panel(axes, panel, norm, colours):
-    """Draw a panel on matplotlib axes; return what a colour bar needs, None without a heatmap."""
-    photo = panel.explanation.photo
-    height, width = photo.shape[:2]
-    extent = (0, width, height, 0)
-    # No picture shows more pixels, and a large photo takes seconds to draw.
-    photo = cv2.resize(photo, (min(width, 1200), min(height, 1200)), interpolation=cv2.INTER_AREA)
-    axes.set_title(panel.title, loc="left")
-    axes.set_axis_off()
-    drawn = None
-    if panel.heatmap is None:
-        axes.imshow(photo, extent=extent)
-    else:
-        heatmap, below = panel.heatmap, photo.mean(2)
-        if panel.field:
-            extent, below = _positions_extent(panel), np.full((1, 1), 127)
-        # Over grey, and at one opacity everywhere, so that each colour has one meaning.
-        axes.imshow(below, cmap="gray", vmin=0, vmax=255, extent=extent)
-        drawn = axes.imshow(heatmap, colours, norm, alpha=OVERLAY_OPACITY, extent=extent)
-        drawn.set_interpolation("nearest" if panel.field else "bilinear")
-    axes.set_aspect(_shown_aspect(panel.explanation.photo) * width / height)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    return drawn
+    _save_figure(path, figure, dpi, cut=False)
 
 
 def overlay(photo, heatmap):
@@ -3344,30 +3296,6 @@ def overlay(photo, heatmap):
     return np.rint(OVERLAY_OPACITY * colours + (1 - OVERLAY_OPACITY) * grey).astype("uint8")
 
 
-def _positions_extent(panel):
-    """Where a heatmap's positions lie, a stride each: (left, right, bottom, top) in the photo."""
-    scale = np.divide(panel.explanation.photo.shape[:2], panel.explanation.pixels.shape[:2])
-    half_a_stride = np.array([0.5, 0.5])
-    last = np.array(panel.heatmap.shape) - 1
-    top, left = panel.field.place(-half_a_stride) * scale
-    bottom, right = panel.field.place(last + half_a_stride) * scale
-    return left, right, bottom, top
-
-
-def _shown_aspect(photo):
-    """A panel's height / width: that of its photo, but at least 0.4 and at most 2.5."""
-    return float(np.clip(photo.shape[0] / photo.shape[1], 0.4, 2.5))
-
-
-def _axes_at(figure, place):
-    """Axes at a place (left, top, width, height) in inches from the figure's top left corner."""
-    left, top, width, height = place
-    all_width, all_height = figure.get_size_inches()
-    bottom = all_height - top - height
-    corner = (left / all_width, bottom / all_height)
-    return figure.add_axes((*corner, width / all_width, height / all_height), anchor="NW")
-
-
 @figure_style
 def save_strip(path, photo, overlay, middle):
     """Draw the middle square of a photo, square pictures {title: array}, and an overlay."""
@@ -3377,15 +3305,15 @@ def save_strip(path, photo, overlay, middle):
     height, width = photo.explanation.photo.shape[:2]
     side = min(height, width)
     for axes, panel in ((first, photo), (last, overlay)):
-        _draw_panel(axes, replace(panel, title=wrap(panel.title, 3.6)), norm, HEATMAP_COLOURS)
+        _draw_panel(axes, replace(panel, title=_wrap(panel.title, 3.6)), norm, HEATMAP_COLOURS)
         axes.set_xlim((width - side) / 2, (width + side) / 2)
         axes.set_ylim((height + side) / 2, (height - side) / 2)
         axes.set_aspect("equal")
     for axes, (title, picture) in zip(between, middle.items(), strict=True):
         axes.imshow(picture)
-        axes.set_title(wrap(title, 3.6), loc="left")
+        axes.set_title(_wrap(title, 3.6), loc="left")
         axes.set_axis_off()
-    save_figure(path, figure)
+    _save_figure(path, figure)
 
 
 @figure_style
@@ -3397,7 +3325,7 @@ def save_rows(path, labels, rows, title):
     pitch = PATCH_SIDE + 8  # pixels from a tile to the next
     line = 28  # of the text below a tile
     lines = [text for label in labels for text in label.split("\n")]
-    margin = 30 + math.ceil(100 * max(map(text_width, lines)))
+    margin = 30 + math.ceil(100 * max(map(_text_width, lines)))
     height, width = len(rows) * (pitch + line), margin + max(map(len, rows)) * pitch
     sheet = np.full((height, width, 3), BACKGROUND, "uint8")
     figure = Figure(figsize=(width / 100, height / 100))
@@ -3415,8 +3343,8 @@ def save_rows(path, labels, rows, title):
                 axes.text(left + PATCH_SIDE / 2, top + PATCH_SIDE + 4, text, **style)
     axes.imshow(sheet)
     axes.set_axis_off()
-    axes.set_title(wrap(title, width / 100), loc="left")
-    save_figure(path, figure)
+    axes.set_title(_wrap(title, width / 100), loc="left")
+    _save_figure(path, figure)
 
 
 @figure_style
@@ -3425,10 +3353,9 @@ def save_relu(path):
     axes = Figure(figsize=(6, 4), layout="constrained").subplots()
     x = np.linspace(-5, 5, 201)
     axes.plot(x, np.maximum(0, x), linewidth=4)
-    axes.set(
-        title="ReLU(x) = max(0, x)", xlabel="x, the normalized convolution", ylabel="activation"
-    )
-    save_figure(path, axes.figure)
+    labels = {"xlabel": "x, the normalized convolution", "ylabel": "activation"}
+    axes.set(title="ReLU(x) = max(0, x)", **labels)
+    _save_figure(path, axes.figure)
 
 
 @figure_style
@@ -3452,7 +3379,7 @@ def save_training_curves(path, history, phases):
             start += epochs
         axes.set(xlabel="epoch", ylabel=metric)
         axes.legend()
-    save_figure(path, figure)
+    _save_figure(path, figure)
 
 
 @figure_style
@@ -3482,7 +3409,7 @@ def save_confusion_matrix(path, evaluation):
             colour = "black" if share > 0.4 else "white"  # on light blue, or on dark
             style = {"ha": "center", "va": "center", "color": colour}
             axes.text(column, row, counts[row, column], **style)
-    save_figure(path, figure)
+    _save_figure(path, figure)
 
 
 def save_photo(path, photo):
@@ -3499,49 +3426,6 @@ def save_image(path, picture, **options):
     image.save(jpeg, "JPEG", **options)
     with replace_when_whole(path) as partial_path:
         partial_path.write_bytes(jpeg.getvalue())
-
-
-def save_figure(path, figure, dpi=100, cut=True):
-    """Write a figure in the format that the suffix names; cut: to what is drawn on it."""
-    border = {"bbox_inches": "tight", "pad_inches": 0.1} if cut else {}
-    file = io.BytesIO()
-    figure.savefig(file, dpi=dpi, format=path.suffix[1:], **border, pil_kwargs=JPEG)
-    with replace_when_whole(path) as partial_path:
-        partial_path.write_bytes(file.getvalue())
-
-
-def wrap(text, inches):
-    """A text in lines no wider than so many inches; words too long for one lose their middle."""
-    lines = []
-    for line in text.replace(" %", "\N{NO-BREAK SPACE}%").split("\n"):
-        line, *words = [_shorten(word, inches) for word in line.split(" ")]
-        for word in words:
-            if text_width(f"{line} {word}") > inches:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _shorten(word, inches):
-    """A word no wider than so many inches: its start and its end, where it is too long."""
-    kept = len(word)
-    shortened = word
-    while text_width(shortened) > inches:
-        kept -= 2
-        shortened = f"{word[: kept // 2]}…{word[-(kept // 2) :]}"
-    return shortened
-
-
-@lru_cache(maxsize=1000)
-def text_width(text):
-    """The width in inches of a line in the size of the titles."""
-    if not text:
-        return 0.0
-    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=14), False)
-    return width / 72
 
 
 def batched(items, size):
@@ -3578,6 +3462,113 @@ class Progress(rich.progress.Progress):
         self.update(self.task, description=f"{Path(file).stem} is drawn")
         if not self.on_terminal:
             print(file, flush=True)
+
+
+@figure_style
+def _title_picture(title, width):
+    """A title in a (height, width, 3) uint8 strip."""
+    height = SHEET_BORDER + 24 * (1 + title.count("\n"))
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    left, top = SHEET_BORDER / width, 1 - SHEET_BORDER / height
+    figure.text(left, top, title, va="top")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
+    strip = np.full((height, width, 3), BACKGROUND, "uint8")
+    strip[: drawn.shape[0], : drawn.shape[1]] = drawn[:height, :width]  # a pixel may be rounded off
+    return strip
+
+
+def _draw_panel(axes, panel, norm, colours):
+    """Draw a panel on matplotlib axes; return what a colour bar needs, None without a heatmap."""
+    photo = panel.explanation.photo
+    height, width = photo.shape[:2]
+    extent = (0, width, height, 0)
+    # No picture shows more pixels, and a large photo takes seconds to draw.
+    photo = cv2.resize(photo, (min(width, 1200), min(height, 1200)), interpolation=cv2.INTER_AREA)
+    axes.set_title(panel.title, loc="left")
+    axes.set_axis_off()
+    drawn = None
+    if panel.heatmap is None:
+        axes.imshow(photo, extent=extent)
+    else:
+        heatmap, below = panel.heatmap, photo.mean(2)
+        if panel.field:
+            extent, below = _positions_extent(panel), np.full((1, 1), 127)
+        # Over grey, and at one opacity everywhere, so that each colour has one meaning.
+        axes.imshow(below, cmap="gray", vmin=0, vmax=255, extent=extent)
+        drawn = axes.imshow(heatmap, colours, norm, alpha=OVERLAY_OPACITY, extent=extent)
+        drawn.set_interpolation("nearest" if panel.field else "bilinear")
+    axes.set_aspect(_shown_aspect(panel.explanation.photo) * width / height)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    return drawn
+
+
+def _positions_extent(panel):
+    """Where a heatmap's positions lie, a stride each: (left, right, bottom, top) in the photo."""
+    scale = np.divide(panel.explanation.photo.shape[:2], panel.explanation.pixels.shape[:2])
+    half_a_stride = np.array([0.5, 0.5])
+    last = np.array(panel.heatmap.shape) - 1
+    top, left = panel.field.place(-half_a_stride) * scale
+    bottom, right = panel.field.place(last + half_a_stride) * scale
+    return left, right, bottom, top
+
+
+def _shown_aspect(photo):
+    """A panel's height / width: that of its photo, but at least 0.4 and at most 2.5."""
+    return float(np.clip(photo.shape[0] / photo.shape[1], 0.4, 2.5))
+
+
+def _axes_at(figure, place):
+    """Axes at a place (left, top, width, height) in inches from the figure's top left corner."""
+    left, top, width, height = place
+    all_width, all_height = figure.get_size_inches()
+    bottom = all_height - top - height
+    corner = (left / all_width, bottom / all_height)
+    return figure.add_axes((*corner, width / all_width, height / all_height), anchor="NW")
+
+
+def _save_figure(path, figure, dpi=100, cut=True):
+    """Write a figure in the format that the suffix names; cut: to what is drawn on it."""
+    border = {"bbox_inches": "tight", "pad_inches": 0.1} if cut else {}
+    file = io.BytesIO()
+    figure.savefig(file, dpi=dpi, format=path.suffix[1:], **border, pil_kwargs=JPEG)
+    with replace_when_whole(path) as partial_path:
+        partial_path.write_bytes(file.getvalue())
+
+
+def _wrap(text, inches):
+    """A text in lines no wider than so many inches; words too long for one lose their middle."""
+    lines = []
+    for line in text.replace(" %", "\N{NO-BREAK SPACE}%").split("\n"):
+        line, *words = [_shorten(word, inches) for word in line.split(" ")]
+        for word in words:
+            if _text_width(f"{line} {word}") > inches:
+                lines.append(line)
+                line = word
+            else:
+                line = f"{line} {word}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _shorten(word, inches):
+    """A word no wider than so many inches: its start and its end, where it is too long."""
+    kept = len(word)
+    shortened = word
+    while _text_width(shortened) > inches:
+        kept -= 2
+        shortened = f"{word[: kept // 2]}…{word[-(kept // 2) :]}"
+    return shortened
+
+
+@lru_cache(maxsize=1000)
+def _text_width(text):
+    """The width in inches of a line in the size of the titles."""
+    if not text:
+        return 0.0
+    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=14), False)
+    return width / 72
 
 
 # ---- Which training photos a photo is like -------------------------------------------------------
@@ -3669,11 +3660,20 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     facts["concepts"] = _concept_facts(survey, stored)
     facts["training"] = _training_facts(output, survey, stored, nearest) if nearest else None
     facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
-    save_predictions(output / facts["predictions"]["file"], survey)
+    _save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(_script_text(facts), "ascii")
     _remove_old_sheets(output, facts)
     _copy_page(output)
+
+
+def sheet_facts(convolution, layer, silent, place):
+    """What the page needs to cut a sheet of a layer, whose tile k is filter or channel k.
+
+    silent: (n,) booleans. place: see tiling.
+    """
+    count = {"count": len(silent), "silent": np.flatnonzero(silent).tolist()}
+    return {"convolution": asdict(convolution), "layer": layer} | place | count
 
 
 def _run_facts(survey, record, command):
@@ -3747,8 +3747,8 @@ def _test_table(evaluation):
     rows = zip(names, evaluation.confusion.tolist(), evaluation.recall, strict=True)
     return [
         ["true \\ predicted", *names, "recall"],
-        *([name, *counts, _share_text(recall)] for name, counts, recall in rows),
-        ["precision", *map(_share_text, evaluation.precision), ""],
+        *([name, *counts, share_text(recall)] for name, counts, recall in rows),
+        ["precision", *map(share_text, evaluation.precision), ""],
     ]
 
 
@@ -3763,7 +3763,7 @@ def _reliability_entry(evaluation):
     return {"error": round(calibration_error(evaluation), 4), "bins": bins}
 
 
-def save_predictions(path, survey):
+def _save_predictions(path, survey):
     """Write a table of all photos for spreadsheets: file, classes, and a probability a class.
 
     A multi-label model may predict several classes of a photo, or none.
@@ -3808,8 +3808,9 @@ def _photo_facts(output, survey, explained, stored, listed, progress):
             if explained[k].of_all_blocks is not None:
                 photo["all_blocks"] = _all_blocks_entry(explained[k])
         if k in covered:
+            listed_classes = [class_index for class_index, _ in photo["probabilities"]]
             without = probabilities_without_places(survey.predict, explained[k].pixels)
-            photo["covered"] = _covered_entry(without, photo["probabilities"])
+            photo["covered"] = _as_base64(without[..., listed_classes])
         photos.append(photo)
     counts = {"photo_count": len(survey.paths), "places": PLACES}
     return {**counts, "photos": photos, **sheets}
@@ -3830,16 +3831,6 @@ def _doubtful_first(survey):
     return [*range(survey.own_count), *(k for k in doubtful if k >= survey.own_count)]
 
 
-def _covered_entry(without, entries):
-    """The probabilities of covered places as base64: a byte for each of a photo's listed classes,
-    place by place.
-
-    without: (PLACES, PLACES, classes). entries: see _probability_entries.
-    """
-    listed = without[..., [class_index for class_index, _ in entries]]
-    return base64.b64encode(np.rint(255 * listed).astype("uint8").tobytes()).decode()
-
-
 def _training_facts(output, survey, stored, nearest):
     """The training photos that each of the page's photos is most like. Writes a sheet of them.
 
@@ -3853,10 +3844,9 @@ def _training_facts(output, survey, stored, nearest):
         likest.append({it: nearest.of_class(k, it) for it in asked})
     used = sorted({number for of_photo in likest for some in of_photo.values() for number in some})
     paths = [nearest.paths[number] for number in used]
+    squeezed = partial(_squeezed, survey.network.read_photo)
     with ThreadPoolExecutor(cores()) as pool:
-        thumbnails = [
-            _thumbnail(*it) for it in pool.map(partial(_squeezed, survey.network.read_photo), paths)
-        ]
+        thumbnails = [_thumbnail(*it) for it in pool.map(squeezed, paths)]
     columns = math.ceil(math.sqrt(len(used)))
     sheet = _save_tiles(output / "photos_training.jpg", np.stack(thumbnails), columns, quality=70)
     tile_of = {number: place for place, number in enumerate(used)}
@@ -3912,9 +3902,7 @@ def _photo_entry(survey, number):
 
 def _concept_entries(survey, number):
     """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
-    encoded = [
-        _encoded(of_concept) for of_concept in np.moveaxis(survey.concept_maps[number], -1, 0)
-    ]
+    encoded = list(map(_encoded, np.moveaxis(survey.concept_maps[number], -1, 0)))
     classes = dict.fromkeys(survey.classes[number].tolist())
     parts = [[k, [[c, round(part, 3)] for c, part in evidence(survey, number, k)]] for k in classes]
     return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
@@ -3962,8 +3950,12 @@ def _heatmap_entries(of_layers):
 def _encoded(heatmap):
     """An (h, w) heatmap as base64 of bytes, row by row, and the value that 255 stands for."""
     peak = float(heatmap.max())
-    shares = np.rint(heatmap * (255 / (peak or 1))).astype("uint8")
-    return base64.b64encode(shares.tobytes()).decode(), float(f"{peak:.4g}")
+    return _as_base64(heatmap / (peak or 1)), float(f"{peak:.4g}")
+
+
+def _as_base64(shares):
+    """Shares from 0 to 1 as base64 of bytes, in the order of the array."""
+    return base64.b64encode(np.rint(255 * shares).astype("uint8").tobytes()).decode()
 
 
 def _save_photos(output, paths, decode, listed, progress):
@@ -4031,15 +4023,6 @@ def _picture_facts(output, survey, detailed, pictures, stored, progress):
         shown.append({"file": picture.file, "caption": picture.caption} | size)
     channels = _convolution_entries(pictures["layers"])
     return {"filters": filters, "channels": channels, "pictures": shown}
-
-
-def sheet_facts(convolution, layer, silent, place):
-    """What the page needs to cut a sheet of a layer, whose tile k is filter or channel k.
-
-    silent: (n,) booleans. place: see tiling.
-    """
-    count = {"count": len(silent), "silent": np.flatnonzero(silent).tolist()}
-    return {"convolution": asdict(convolution), "layer": layer} | place | count
 
 
 def _convolution_entries(pictures):
@@ -4174,7 +4157,7 @@ def imagenet_weights(address=None, md5=IMAGENET_MD5, seconds=15):
     or falls silent, for so many seconds, or where another file comes.
     """
     address = address or imagenet_address()
-    file = cached_file(address)
+    file = _cached_file(address)
     if not (file.is_file() and _md5(file) == md5):
         try:
             _download(address, file, md5, seconds)
@@ -4191,12 +4174,12 @@ def imagenet_failure(error):
     address = imagenet_address()
     return (
         f"ImageNet's weights cannot be fetched from {address} ({error}).\n"
-        f"Put that file by hand at {printable(cached_file(address))},\n"
+        f"Put that file by hand at {printable(_cached_file(address))},\n"
         "or start from a file with --weights FILE, or from scratch with --weights none."
     )
 
 
-def cached_file(address):
+def _cached_file(address):
     """Where Keras looks for the weights of that address."""
     home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
     if not os.access(home, os.W_OK):
@@ -4276,9 +4259,9 @@ def require_photos(paths):
 
 def open_saved(options):
     """The saved model's Network, its class names, the test photos or None, its record or None."""
-    network = Network(load_model(options.model, options.image_size), pixels=options.pixels)
-    record_file = history_file(options.model)
-    record = read_record(record_file)
+    network = Network(load_model(options.model), options.image_size, options.pixels)
+    record_file = _history_file(options.model)
+    record = _read_record(record_file)
     folder = options.data / "test"
     if options.photos and not folder.is_dir():
         numbered = [f"class {index}" for index in range(network.class_count)]
@@ -4292,6 +4275,199 @@ def open_saved(options):
     return network, names, test, record
 
 
+def load_model(path):
+    """Load a saved classifier to draw pictures from, computing in float32.
+
+    Raises Stop where the file cannot be loaded, saying why, and naming what the model lacks.
+    """
+    file = printable(path)
+    if not path.is_file():
+        remedy = "Train one first (without --skip-training), or name another."
+        raise Stop(f"--model {file}: no such file. {remedy}")
+    try:
+        model = _load_saved(path)
+    except Stop as stop:
+        raise Stop(f"--model {file}: {stop}") from stop
+    except Exception as error:  # a foreign file can fail in as many ways as there are formats
+        reason = _failure(error)
+        raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
+    try:
+        model = in_float32(model)
+        network = Network(model)
+        network.nearest_convolutions(GRID_CONVOLUTIONS)
+    except (Stop, AttributeError, TypeError, IndexError) as error:
+        reason = str(error) if isinstance(error, Stop) else "its inputs are not photos"
+        raise Stop(f"--model {file}: {reason}\nName another, or train one.") from error
+    if network.remark:
+        print(f"--model {file}: {network.remark}")
+    return model
+
+
+def in_float32(model):
+    """The model with all layers in float32, also if it was trained or saved in half precision."""
+    description = model.to_json()
+    full_precision = re.sub(r'"(mixed_)?b?float16"', '"float32"', description)
+    if full_precision == description:
+        return model
+    weights = [np.asarray(weight, "float32") for weight in model.get_weights()]
+    model = keras.models.model_from_json(full_precision)
+    model.set_weights(weights)
+    return model
+
+
+def load_backbone_weights(base, path):
+    """Give the backbone the weights of a file. Returns it, with the strides of the file's model.
+
+    The file is a .keras or .h5 model whose backbone is InceptionV3, or weights without a classifier
+    on top: .weights.h5, or the …_notop.h5 that Keras downloads. Raises Stop for other files.
+    """
+    name = printable(path)
+    if not path.is_file():
+        choices = "Give imagenet, none, or a file of InceptionV3's weights."
+        raise Stop(f"--weights {name}: no such file. {choices}")
+    try:
+        if _description(path) is None:
+            with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
+                base.load_weights(path)
+            return base
+        saved = _load_saved(path)
+        backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
+        poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
+        if any(layer.strides == (1, 1) for layer in poolings):
+            base = without_last_stride(base)
+        base.set_weights(backbone.get_weights())
+        return base
+    except Exception as error:  # a foreign file can fail in as many ways as there are formats
+        raise Stop(
+            f"--weights {name}: does not hold InceptionV3's weights.\n"
+            "Give a model of this script, a .weights.h5 file without a classifier on top, or\n"
+            "Keras's own inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5."
+        ) from error
+
+
+def train_and_save(options, build=build_model):
+    """Train, and save the model of the best epoch. Returns what open_saved returns."""
+    require_writable(options.model.parent)
+    require_whole_split(options.data)
+    if options.quick:
+        options = quick_options(options)
+    size = (options.image_size, options.image_size)
+    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
+    start, rate = options.weights, options.learning_rate
+    phases = training_phases(options.epochs, start, options.freeze_below, rate)
+    _describe(splits, class_names, phases, options.balance)
+    options.model.parent.mkdir(parents=True, exist_ok=True)
+    lock = options.model.with_name(f".{options.model.name}.lock")
+    remedy = "Wait, or choose another --model."
+    with locked(lock, f"{printable(options.model)}: another training writes it.\n{remedy}"):
+        settings = _run_settings(options, splits, phases)
+        same = settings | {"classes": class_names}  # what a resumed run must have in common
+        watched = _photos_to_watch(splits["validation"], options.seed)
+        folder = options.model.with_name(f"{options.model.stem}_checkpoints")
+        checkpoints = Checkpoints(folder, same, watched)
+        model = _train_from(options, splits, phases, checkpoints, build)
+        photos, _ = splits["test"][0]
+        network = Network(model)
+        require_finite(*network.activations(photos, [network.heatmap_layer, LOGITS]))
+        with replace_when_whole(options.model) as partial_path:
+            model.save(partial_path)
+        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
+        record["looks"] = checkpoints.looks | {"photos": _shown_photos(*watched, class_names)}
+        _write_json(_history_file(options.model), record)
+        shutil.rmtree(checkpoints.folder)
+    return model, class_names, splits["test"], record
+
+
+CHECKED_PHOTOS = 64
+FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more photos right
+SATURATED = 100  # no model is trained to logits that lie so far apart
+
+
+def warn_of_pixels(survey, name, option):
+    """Print a warning where a model was plainly trained on other pixels than it is fed.
+
+    Where classes are known, that is where others of PIXELS get more photos right than chance
+    explains, by a sign test on the photos that only one of the two gets right. Else it is where
+    only the present ones let the logits lie so far apart that all is certain. name: of the model.
+    option: a format of what chooses the pixels.
+    """
+    network, known = survey.network, np.flatnonzero(survey.labels >= 0)
+    among = known if len(known) else np.arange(len(survey.paths))
+    count = min(CHECKED_PHOTOS, len(among))
+    chosen = among[np.linspace(0, len(among) - 1, count).round().astype(int)]
+    right_now = survey.probabilities[chosen].argmax(1) == survey.labels[chosen]
+    if len(known) and np.sum(~right_now) < FEWEST_MENDED:
+        return
+    photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
+    logits = _logits_by_pixels(network, photos)
+    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
+    best = max(right, key=lambda pixels: right[pixels].sum())
+    from scipy.stats import binomtest  # which takes a second to load
+
+    differ = right[best] != right_now
+    more = np.sum(right[best][differ])
+    if more and binomtest(more, differ.sum(), alternative="greater").pvalue < 0.001:
+        print(
+            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
+            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
+        )
+        return
+    gaps = {it: np.median(np.diff(np.sort(logits[it])[:, -2:])) for it in logits}
+    gap = gaps.pop(network.pixels)
+    others = [
+        option.format(pixels)
+        for pixels in gaps
+        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
+    ]
+    if others and gap > SATURATED:
+        print(
+            f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
+            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
+            f"{', '.join(others)}"
+        )
+
+
+def without_folders(words):
+    """The words of a command with the bare names of files: a page is there to be published."""
+    for word in words:
+        option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+        yield option + equals + (Path(value).name or value)
+
+
+def training_photos(folder, class_names):
+    """(paths, class indices) of the photos in a train folder; None where it is none of the model's.
+
+    They are not looked at: what does not decode is found where they are read.
+    """
+    if not folder.is_dir() or class_folders(folder) != class_names:
+        return None
+    return photos_of(folder, class_names)
+
+
+def photos_and_labels(own_photos, test):
+    """All photos of a run, own ones first, and their labels, None for own ones.
+
+    test: PhotoBatches, or None where there are only own photos.
+    """
+    paths, labels = (test.paths, test.labels.tolist()) if test else ([], [])
+    return [*own_photos, *paths], [*([None] * len(own_photos)), *labels]
+
+
+def report(survey, options):
+    """Print what the model makes of test photos and own ones; add the metrics to the history."""
+    evaluation = survey.evaluation
+    if evaluation:
+        print(f"\n{evaluation_report(evaluation)}\n", flush=True)
+        if not options.skip_training:
+            file = _history_file(options.model)
+            metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
+            _write_json(file, _read_record(file) | {"test": metrics})
+    for path, probabilities in zip(options.photos, survey.probabilities, strict=False):
+        best = most_probable(probabilities)[:3]
+        named = (f"{survey.class_names[k]} {percent(probabilities[k])}" for k in best)
+        print(f"{printable(path.name)}: {', '.join(named)}", flush=True)
+
+
 def _require_same_classes(model_file, count, trained_names, names, source):
     """Raises Stop where the class names found in `source` are not those of the model."""
     file, where = printable(model_file), printable(source)
@@ -4302,38 +4478,6 @@ def _require_same_classes(model_file, count, trained_names, names, source):
     if count != len(names):
         message = f"--model {file}: has {count} classes, {where} {len(names)}."
         raise Stop(f"{message}\nName another, or train one.")
-
-
-def load_model(path, image_size):
-    """Load a saved classifier to draw pictures from, computing in float32.
-
-    image_size: the side of its input in pixels if the file leaves it open. Raises Stop where the
-    file cannot be loaded, saying why, and naming what the model lacks.
-    """
-    file = printable(path)
-    if not path.is_file():
-        remedy = "Train one first (without --skip-training), or name another."
-        raise Stop(f"--model {file}: no such file. {remedy}")
-    try:
-        model = load_saved(path)
-    except Stop as stop:
-        raise Stop(f"--model {file}: {stop}") from stop
-    except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        reason = _failure(error)
-        raise Stop(f"--model {file}: Keras cannot load it: {reason}\nName another.") from error
-    try:
-        model = in_float32(model)
-        if None in model.input_shape[1:3]:
-            photo = keras.Input((image_size, image_size, model.input_shape[3]), name="rgb")
-            model = keras.Model(photo, model(photo))
-        network = Network(model)
-        network.nearest_convolutions(GRID_CONVOLUTIONS)
-    except (Stop, AttributeError, TypeError, IndexError) as error:
-        reason = str(error) if isinstance(error, Stop) else "its inputs are not photos"
-        raise Stop(f"--model {file}: {reason}\nName another, or train one.") from error
-    if network.remark:
-        print(f"--model {file}: {network.remark}")
-    return model
 
 
 # A layer of ConvNeXt, the only one of keras.applications that Keras saves but cannot find again.
@@ -4351,7 +4495,7 @@ OLD_ARGUMENTS = (
 )
 
 
-def load_saved(path):
+def _load_saved(path):
     """The Keras model of a .keras or .h5 file, also of one that Keras 2 wrote, uncompiled.
 
     Raises Stop for one of Keras 2 that Keras 3 lacks the layers for, and whatever Keras raises for
@@ -4422,84 +4566,6 @@ def _in_keras_3(part):
     return part
 
 
-def in_float32(model):
-    """The model with all layers in float32, also if it was trained or saved in half precision."""
-    description = model.to_json()
-    full_precision = re.sub(r'"(mixed_)?b?float16"', '"float32"', description)
-    if full_precision == description:
-        return model
-    weights = [np.asarray(weight, "float32") for weight in model.get_weights()]
-    model = keras.models.model_from_json(full_precision)
-    model.set_weights(weights)
-    return model
-
-
-def load_backbone_weights(base, path):
-    """Give the backbone the weights of a file. Returns it, with the strides of the file's model.
-
-    The file is a .keras or .h5 model whose backbone is InceptionV3, or weights without a classifier
-    on top: .weights.h5, or the …_notop.h5 that Keras downloads. Raises Stop for other files.
-    """
-    name = printable(path)
-    if not path.is_file():
-        choices = "Give imagenet, none, or a file of InceptionV3's weights."
-        raise Stop(f"--weights {name}: no such file. {choices}")
-    try:
-        if _description(path) is None:
-            with warnings.catch_warnings(action="ignore"):  # one for each layer that a file lacks
-                base.load_weights(path)
-            return base
-        saved = load_saved(path)
-        backbone = keras.Model(saved.inputs, saved.get_layer(BLOCKS[-1]).output)
-        poolings = [layer for layer in backbone.layers if isinstance(layer, layers.MaxPooling2D)]
-        if any(layer.strides == (1, 1) for layer in poolings):
-            base = without_last_stride(base)
-        base.set_weights(backbone.get_weights())
-        return base
-    except Exception as error:  # a foreign file can fail in as many ways as there are formats
-        raise Stop(
-            f"--weights {name}: does not hold InceptionV3's weights.\n"
-            "Give a model of this script, a .weights.h5 file without a classifier on top, or\n"
-            "Keras's own inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5."
-        ) from error
-
-
-def train_and_save(options, build=build_model):
-    """Train, and save the model of the best epoch. Returns what open_saved returns."""
-    require_writable(options.model.parent)
-    require_whole_split(options.data)
-    if options.quick:
-        options = quick_options(options)
-    size = (options.image_size, options.image_size)
-    splits, class_names = open_all_splits(options.data, size, options.batch_size, options.seed)
-    phases = training_phases(
-        options.epochs, options.weights, options.freeze_below, options.learning_rate
-    )
-    _describe(splits, class_names, phases, options.balance)
-    options.model.parent.mkdir(parents=True, exist_ok=True)
-    lock = options.model.with_name(f".{options.model.name}.lock")
-    busy = (
-        f"{printable(options.model)}: another training writes it.\nWait, or choose another --model."
-    )
-    with locked(lock, busy):
-        settings = _run_settings(options, splits, phases)
-        same = settings | {"classes": class_names}  # what a resumed run must have in common
-        watched = _photos_to_watch(splits["validation"], options.seed)
-        folder = options.model.with_name(f"{options.model.stem}_checkpoints")
-        checkpoints = Checkpoints(folder, same, watched)
-        model = _train_from(options, splits, phases, checkpoints, build)
-        photos, _ = splits["test"][0]
-        network = Network(model)
-        require_finite(*network.activations(photos, [network.heatmap_layer, LOGITS]))
-        with replace_when_whole(options.model) as partial_path:
-            model.save(partial_path)
-        record = {"history": checkpoints.history, "classes": class_names, "settings": settings}
-        record["looks"] = checkpoints.looks | {"photos": _shown_photos(*watched, class_names)}
-        _write_json(history_file(options.model), record)
-        shutil.rmtree(checkpoints.folder)
-    return model, class_names, splits["test"], record
-
-
 def _train_from(options, splits, phases, checkpoints, build):
     """Train from the start, or from the newest checkpoint: the model of the best epoch."""
     newest = next(checkpoints.newest(), None)
@@ -4557,9 +4623,8 @@ def _describe(splits, class_names, phases, balance):
             print(f"Warning: {few}; fewer than {FEW_PHOTOS} tell little.")
     sizes = np.bincount(splits["train"].labels)
     if differ_in_size(sizes):
-        largest, smallest = (
-            f"{sizes[k]} of {printable(class_names[k])}" for k in (sizes.argmax(), sizes.argmin())
-        )
+        extremes = (sizes.argmax(), sizes.argmin())
+        largest, smallest = (f"{sizes[k]} of {printable(class_names[k])}" for k in extremes)
         remedy = "weighed alike (--balance)" if balance else "--balance lets them weigh alike"
         print(f"The classes differ in size ({largest}, {smallest}): {remedy}.")
 
@@ -4575,55 +4640,6 @@ def _run_settings(options, splits, phases):
     return settings
 
 
-CHECKED_PHOTOS = 64
-FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more photos right
-SATURATED = 100  # no model is trained to logits that lie so far apart
-
-
-def warn_of_pixels(survey, name, option):
-    """Print a warning where a model was plainly trained on other pixels than it is fed.
-
-    Where classes are known, that is where others of PIXELS get more photos right than chance
-    explains, by a sign test on the photos that only one of the two gets right. Else it is where
-    only the present ones let the logits lie so far apart that all is certain. name: of the model.
-    option: a format of what chooses the pixels.
-    """
-    network, known = survey.network, np.flatnonzero(survey.labels >= 0)
-    among = known if len(known) else np.arange(len(survey.paths))
-    count = min(CHECKED_PHOTOS, len(among))
-    chosen = among[np.linspace(0, len(among) - 1, count).round().astype(int)]
-    right_now = survey.probabilities[chosen].argmax(1) == survey.labels[chosen]
-    if len(known) and np.sum(~right_now) < FEWEST_MENDED:
-        return
-    photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
-    logits = _logits_by_pixels(network, photos)
-    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
-    best = max(right, key=lambda pixels: right[pixels].sum())
-    from scipy.stats import binomtest  # which takes a second to load
-
-    differ = right[best] != right_now
-    more = np.sum(right[best][differ])
-    if more and binomtest(more, differ.sum(), alternative="greater").pvalue < 0.001:
-        print(
-            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
-            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
-        )
-        return
-    gaps = {it: np.median(np.diff(np.sort(logits[it])[:, -2:])) for it in logits}
-    gap = gaps.pop(network.pixels)
-    others = [
-        option.format(pixels)
-        for pixels in gaps
-        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
-    ]
-    if others and gap > SATURATED:
-        print(
-            f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
-            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
-            f"{', '.join(others)}"
-        )
-
-
 def _logits_by_pixels(network, photos):
     """{pixels: (n, classes) logits} of photos (n, height, width, 3) for each of PIXELS."""
     photo_shape = network.shapes[INPUT + 1]
@@ -4634,57 +4650,16 @@ def _logits_by_pixels(network, photos):
 
     found = {}
     for pixels in PIXELS[:3] if network.is_grey else PIXELS:
-        (seen,) = _first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))
+        (seen,) = first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))
         found[pixels] = np.concatenate([logits_of(it) for it in batched(seen, PHOTOS_AT_ONCE)])
     return found
 
 
-def without_folders(words):
-    """The words of a command with the bare names of files: a page is there to be published."""
-    for word in words:
-        option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
-        yield option + equals + (Path(value).name or value)
-
-
-def training_photos(folder, class_names):
-    """(paths, class indices) of the photos in a train folder; None where it is none of the model's.
-
-    They are not looked at: what does not decode is found where they are read.
-    """
-    if not folder.is_dir() or class_folders(folder) != class_names:
-        return None
-    return photos_of(folder, class_names)
-
-
-def photos_and_labels(own_photos, test):
-    """All photos of a run, own ones first, and their labels, None for own ones.
-
-    test: PhotoBatches, or None where there are only own photos.
-    """
-    paths, labels = (test.paths, test.labels.tolist()) if test else ([], [])
-    return [*own_photos, *paths], [*([None] * len(own_photos)), *labels]
-
-
-def report(survey, options):
-    """Print what the model makes of test photos and own ones; add the metrics to the history."""
-    evaluation = survey.evaluation
-    if evaluation:
-        print(f"\n{evaluation_report(evaluation)}\n", flush=True)
-        if not options.skip_training:
-            file = history_file(options.model)
-            metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
-            _write_json(file, read_record(file) | {"test": metrics})
-    for path, probabilities in zip(options.photos, survey.probabilities, strict=False):
-        best = most_probable(probabilities)[:3]
-        named = (f"{survey.class_names[k]} {percent(probabilities[k])}" for k in best)
-        print(f"{printable(path.name)}: {', '.join(named)}", flush=True)
-
-
-def history_file(model_file):
+def _history_file(model_file):
     return model_file.with_name(f"{model_file.stem}_history.json")
 
 
-def read_record(path):
+def _read_record(path):
     """{"history", "classes", "settings"} of a training; None if there is no such file.
 
     Raises Stop if the file holds something else.

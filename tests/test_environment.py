@@ -369,7 +369,7 @@ def test_a_model_is_drawn_in_float32_however_it_was_saved(policy, head, tmp_path
     model.save(tmp_path / "model.keras")
     photo = draw_flower("rose", np.random.default_rng(0), 32)[0].astype("float32")
     expected = np.asarray(model(photo[None])[0], "float32")
-    loaded = study.load_model(tmp_path / "model.keras", 32)
+    loaded = study.load_model(tmp_path / "model.keras")
     probabilities = loaded(photo[None])[0].numpy()
     assert probabilities.dtype == np.float32 and probabilities.sum() == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(probabilities, expected, atol=0.01)

@@ -425,7 +425,7 @@ def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
         keras.config.set_dtype_policy("float32")
     half.set_weights(model.get_weights())
     half.save(tmp_path / "half.keras")
-    loaded = study.load_model(tmp_path / "half.keras", 299)
+    loaded = study.load_model(tmp_path / "half.keras")
     assert all(layer.compute_dtype == "float32" for layer in loaded.layers)
     assert all(weight.dtype == "float32" for weight in loaded.weights)
     ours = probabilities(loaded, photos(32, 32))
@@ -473,7 +473,7 @@ def attention_after_convolutions():
 def test_classifiers_of_these_kinds_are_loaded_and_explained(build, tmp_path):
     model = build()
     model.save(tmp_path / "kind.keras")
-    network = study.Network(study.load_model(tmp_path / "kind.keras", 16))
+    network = study.Network(study.load_model(tmp_path / "kind.keras"))
     outputs = model(photos(), training=False).numpy()
     if build is built_by_fit:
         outputs = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
@@ -545,7 +545,7 @@ def test_files_of_keras_2_are_loaded_where_only_their_description_differs(suffix
     with pytest.raises((TypeError, ValueError)):
         keras.saving.load_model(path)
     before = path.read_bytes()
-    loaded = study.load_model(path, 32)
+    loaded = study.load_model(path)
     ours, expected = (it(photos(), training=False) for it in (loaded, model))
     np.testing.assert_allclose(ours, expected, atol=1e-6)
     assert path.read_bytes() == before
@@ -558,7 +558,7 @@ def test_an_argument_that_changes_what_a_layer_does_is_not_dropped(tmp_path):
     of_many_layers().save(tmp_path / "old.h5")
     rewrite_description(tmp_path / "old.h5", with_groups)
     with pytest.raises(Stop, match="groups"):
-        study.load_model(tmp_path / "old.h5", 32)
+        study.load_model(tmp_path / "old.h5")
 
 
 @pytest.mark.parametrize("name", ["TFOpLambda", "MyLayer"])
@@ -570,7 +570,7 @@ def test_a_layer_that_keras_lacks_is_named_in_two_short_lines(name, tmp_path):
     of_many_layers().save(path)
     rewrite_description(path, with_it)
     with pytest.raises(Stop) as stop:
-        study.load_model(path, 32)
+        study.load_model(path)
     first, second = str(stop.value).replace(str(path), "foreign.h5").splitlines()
     assert name in first and "foreign.h5" in first and max(len(first), len(second)) <= 100
     assert ("load_weights" in second) == (name == "TFOpLambda")
@@ -583,7 +583,7 @@ def test_the_layer_of_convnext_is_found_again(tmp_path):
     head = layers.Dense(2, activation="softmax")
     model = keras.Model(photo, head(layers.GlobalAveragePooling2D()(x)))
     model.save(tmp_path / "scaled.h5")
-    loaded = study.load_model(tmp_path / "scaled.h5", 16)
+    loaded = study.load_model(tmp_path / "scaled.h5")
     ours, expected = (it(photos(), training=False) for it in (loaded, model))
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
@@ -614,7 +614,7 @@ def two_inputs():
 def test_a_model_that_cannot_be_drawn_is_refused_naming_what_it_lacks(build, lacking, tmp_path):
     build().save(tmp_path / "odd.keras")
     with pytest.raises(Stop, match=lacking) as stop:
-        study.load_model(tmp_path / "odd.keras", 32)
+        study.load_model(tmp_path / "odd.keras")
     assert "odd.keras" in str(stop.value) and stop.value.exit_code == 2
 
 
@@ -622,9 +622,9 @@ def test_an_input_of_open_size_becomes_as_large_as_asked(tmp_path):
     headed(layers.Dense(2, activation="softmax"), size=(None, None, 3)).save(
         tmp_path / "open.keras"
     )
-    model = study.load_model(tmp_path / "open.keras", 96)
-    assert study.Network(model).input_size == (96, 96)
-    assert study.grad_cam(model, photos()[0], "maps", 0).shape == (47, 47)
+    network = study.Network(study.load_model(tmp_path / "open.keras"), open_side=96)
+    assert network.input_size == (96, 96)
+    assert study.grad_cam(network, photos()[0], "maps", 0).shape == (47, 47)
 
 
 def test_what_happens_to_channels_alone_keeps_the_positions():
