@@ -3659,7 +3659,7 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     facts = _run_facts(survey, record, command)
     facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
     facts["concepts"] = _concept_facts(survey, stored)
-    facts["training"] = _training_facts(output, survey, stored, nearest) if nearest else None
+    facts["training"] = nearest and _training_facts(output, survey, stored, nearest, progress)
     facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
     _save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
@@ -3832,7 +3832,7 @@ def _doubtful_first(survey):
     return [*range(survey.own_count), *(k for k in doubtful if k >= survey.own_count)]
 
 
-def _training_facts(output, survey, stored, nearest):
+def _training_facts(output, survey, stored, nearest, progress):
     """The training photos that each of the page's photos is most like. Writes a sheet of them.
 
     like: for each photo [class, [[tile, cosine], …]] of the predicted class, and of the true one
@@ -3850,6 +3850,7 @@ def _training_facts(output, survey, stored, nearest):
         thumbnails = [_thumbnail(*it) for it in pool.map(squeezed, paths)]
     columns = math.ceil(math.sqrt(len(used)))
     sheet = _save_tiles(output / "photos_training.jpg", np.stack(thumbnails), columns, quality=70)
+    progress.tell("photos_training.jpg")
     tile_of = {number: place for place, number in enumerate(used)}
     like = [
         [
