@@ -1780,6 +1780,7 @@ def draw_learning(output, network, record):
 CONCEPT_COUNTS = (6, 10, 16, 24)  # the first of these that keeps CONCEPTS_KEEP is taken
 CONCEPTS_KEEP = 0.95  # of the photos must keep their predicted class on the concepts alone
 CONCEPT_PHOTOS = 300  # in which concepts are looked for, chosen by seed
+CONCEPT_VALUES = 10**8  # of the feature maps of these photos: 0.4 GB
 FACTORIZATION_STEPS = 15  # more explain hardly more
 CONCEPTS_A_CLASS = 3  # drawn, the strongest ones
 CONCEPTS_A_PHOTO = 4
@@ -2171,11 +2172,12 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
         return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
 
     # The sample comes first: concepts are found in the features of all its photos.
-    sample = _concept_sample(labels, seed)
+    sample = _concept_sample(network, labels, seed)
     others = np.setdiff1d(np.arange(len(paths)), sample)
     first = batched(sample, PHOTOS_AT_ONCE)
     kept = [features_and_peaks(numbers) for numbers in first]
     sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
+    require_finite(sample_features)
     found = factorize(network, sample_features)
     surveyed = []
     for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
@@ -2316,10 +2318,14 @@ def draw_strip(output, network, explanation, patterns):
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
 
 
-def _concept_sample(labels, seed):
-    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any."""
+def _concept_sample(network, labels, seed):
+    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any.
+
+    Fewer where the last layer is so large that their feature maps would fill the memory.
+    """
+    fitting = max(1, CONCEPT_VALUES // math.prod(network.shape(network.heatmap_layer)))
     known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
-    return np.random.default_rng(seed).permutation(known)[:CONCEPT_PHOTOS]
+    return np.random.default_rng(seed).permutation(known)[: min(CONCEPT_PHOTOS, fitting)]
 
 
 def _look(network, feature_maps, labels, found):
@@ -2518,9 +2524,13 @@ class Network:
         _run(self.steps, tensors)
         return {number: tuple(tensor.shape[1:]) for number, tensor in tensors.items()}
 
+    def shape(self, name):
+        """The shape of what a layer puts out for a photo: (rows, columns, channels)."""
+        return self.shapes[self._by_name[name].results[0]]
+
     def positions(self, name):
         """The (rows, columns) of a layer's feature maps."""
-        return self.shapes[self._by_name[name].results[0]][:2]
+        return self.shape(name)[:2]
 
     @cached_property
     def receptive_fields(self):

@@ -3,10 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from conftest import small_model, write_flowers
 from keras import layers
 from scipy.optimize import nnls
 
 import model_training_and_visualization as study
+from create_train_val_test import Stop
 
 
 def linear_network(channels, classes, kernel=None):
@@ -102,3 +104,14 @@ def test_a_layer_that_shows_nothing_holds_no_concepts():
     network, *_ = linear_network(9, 4)
     found = study.factorize(network, np.zeros((5, 3, 3, 9), "float32"))
     assert found.vectors.shape == (0, 9) and found.maps.shape == (5, 3, 3, 0)
+
+
+def test_a_model_that_computes_no_numbers_is_named_before_concepts_are_looked_for(tmp_path):
+    write_flowers(tmp_path / "test", ["daisy", "rose"], 2)
+    paths = sorted((tmp_path / "test").rglob("*.jpg"))
+    model = small_model(class_count=2)
+    weights = model.get_weights()
+    weights[-4][...] = np.nan  # of the last convolution
+    model.set_weights(weights)
+    with pytest.raises(Stop, match="finite"):
+        study.survey_photos(study.Network(model), paths, [0, 0, 1, 1], ["daisy", "rose"])
