@@ -1785,7 +1785,7 @@ FACTORIZATION_STEPS = 15  # more explain hardly more
 CONCEPTS_A_CLASS = 3  # drawn, the strongest ones
 CONCEPTS_A_PHOTO = 4
 CLASSES_DRAWN = 10  # at most, on the sheet of concepts
-SMALLEST_PART = 0.05  # of what speaks for a class: what makes up less is not named
+SMALLEST_SHARE = 0.05  # of what speaks for a class: what makes up less is not named
 CONCEPT_EXAMPLES = 5  # photos beside a concept that hold most of it
 DARKEST = 0.15  # brightness of a photo where a concept does not lie
 
@@ -1873,8 +1873,8 @@ def shares_of_classes(weights, vectors, maps):
     return weights @ vectors.T * maps.sum((1, 2))[:, None]
 
 
-def parts_of_evidence(shares, whole):
-    """What part of all that speaks for a class each share, (k,), makes up; below 0: against it.
+def relative_shares(shares, whole):
+    """Shares (k,) as parts of all that speaks for a class; below 0: against it.
 
     whole: the sum of the uncut heatmap. What no concept makes up is a share too.
     """
@@ -1894,14 +1894,14 @@ class ClassConcept(NamedTuple):
     """A concept in the photos of a class, on average."""
 
     concept: int
-    part: float  # of all that speaks for the class
+    share: float  # of all that speaks for the class
     fall: float  # of the class's logit without the concept
 
 
 def class_concepts(survey, class_index):
     """The ClassConcepts of a class, the strongest first: up to CONCEPTS_A_CLASS.
 
-    Those that make up less than SMALLEST_PART are left out.
+    Those that make up less than SMALLEST_SHARE are left out.
     """
     photos = np.flatnonzero(survey.class_indices == class_index)
     of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
@@ -1909,11 +1909,11 @@ def class_concepts(survey, class_index):
         return []
     place = np.argmax(survey.classes[photos] == class_index, axis=1)
     shares = survey.concept_shares[photos, place].mean(0)
-    parts = parts_of_evidence(shares, survey.uncut[photos, place].sum((1, 2)).mean())
-    strongest = [int(k) for k in most_probable(parts) if parts[k] >= SMALLEST_PART]
+    relative = relative_shares(shares, survey.uncut[photos, place].sum((1, 2)).mean())
+    strongest = [int(k) for k in most_probable(relative) if relative[k] >= SMALLEST_SHARE]
     falls = partial(logit_falls, survey.network, of_sample, survey.concepts)
     return [
-        ClassConcept(k, float(parts[k]), float(falls(concept=k, class_index=class_index).mean()))
+        ClassConcept(k, float(relative[k]), float(falls(concept=k, class_index=class_index).mean()))
         for k in strongest[:CONCEPTS_A_CLASS]
     ]
 
@@ -1955,14 +1955,16 @@ def concept_truth(found):
     return f"{count} concepts; {alone}{warning}"
 
 
-def draw_evidence(output, survey, number):
+def draw_photo_concepts(output, survey, number):
     """Draw what the evidence for a photo's class is made of, and where it is known from: [Picture].
 
     number: of the photo. Of a mistake also for the true class. Nothing is drawn without concepts.
     """
     predicted, label = int(survey.probabilities[number].argmax()), int(survey.labels[number])
     shown = [predicted] if label in (-1, predicted) else [predicted, label]
-    strongest = {class_index: evidence(survey, number, class_index) for class_index in shown}
+    strongest = {
+        class_index: strongest_shares(survey, number, class_index) for class_index in shown
+    }
     if not strongest[predicted]:
         return []
     photo = survey.network.read_photo(survey.paths[number])
@@ -1986,17 +1988,17 @@ def draw_evidence(output, survey, number):
     return [Picture("CAM_concepts.jpg", caption)]
 
 
-def evidence(survey, number, class_index):
-    """[(concept, part of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
+def strongest_shares(survey, number, class_index):
+    """[(concept, share of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
 
-    The strongest comes first; what makes up less than SMALLEST_PART is left out. The class is one
+    The strongest comes first; what makes up less than SMALLEST_SHARE is left out. The class is one
     of those that have a heatmap.
     """
     place = survey.classes[number].tolist().index(class_index)
     shares, whole = survey.concept_shares[number, place], survey.uncut[number, place].sum()
-    parts = parts_of_evidence(shares, whole)
-    ranking = most_probable(parts)[:CONCEPTS_A_PHOTO]
-    return [(int(k), float(parts[k])) for k in ranking if parts[k] >= SMALLEST_PART]
+    relative = relative_shares(shares, whole)
+    ranking = most_probable(relative)[:CONCEPTS_A_PHOTO]
+    return [(int(k), float(relative[k])) for k in ranking if relative[k] >= SMALLEST_SHARE]
 
 
 def _non_negative_factor(activations, left, right):
@@ -2289,7 +2291,7 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
     pictures["concepts"] = tell(draw_concepts(output, survey))
-    pictures["concepts"] += tell(draw_evidence(output, survey, _puzzle(survey, explained)))
+    pictures["concepts"] += tell(draw_photo_concepts(output, survey, _puzzle(survey, explained)))
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
@@ -3916,7 +3918,10 @@ def _concept_entries(survey, number):
     """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
     encoded = list(map(_encoded, np.moveaxis(survey.concept_maps[number], -1, 0)))
     classes = dict.fromkeys(survey.classes[number].tolist())
-    parts = [[k, [[c, round(part, 3)] for c, part in evidence(survey, number, k)]] for k in classes]
+    parts = [
+        [k, [[c, round(part, 3)] for c, part in strongest_shares(survey, number, k)]]
+        for k in classes
+    ]
     return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
 
 
@@ -4206,33 +4211,33 @@ def _md5(file):
 
 def _download(address, file, md5, seconds):
     """Download a file, showing how far it is. Raises ValueError where another file comes."""
-    with _answer(address, seconds) as answer:
-        size = int(answer.headers.get("Content-Length", 0))
+    with _response(address, seconds) as response:
+        size = int(response.headers.get("Content-Length", 0))
         file.parent.mkdir(parents=True, exist_ok=True)
         with replace_when_whole(file) as partial_path:
-            shown = rich.progress.wrap_file(answer, size, description="ImageNet's weights")
+            shown = rich.progress.wrap_file(response, size, description="ImageNet's weights")
             with partial_path.open("wb") as target, shown as source:
                 shutil.copyfileobj(source, target)
             if _md5(partial_path) != md5:
                 raise ValueError("what came is not the whole file")
 
 
-def _answer(address, seconds):
-    """The answer of a server, to be read. Raises TimeoutError if none begins within the seconds.
+def _response(address, seconds):
+    """The response of a server, to be read. Raises TimeoutError if none begins within the seconds.
 
     The limit of a socket is not enough: it holds for each of a server's addresses anew, for each
-    byte of its answer, and not at all for looking up its name.
+    byte of its response, and not at all for looking up its name.
     """
-    answer = Future()
+    response = Future()
 
     def ask():
         try:
-            answer.set_result(urllib.request.build_opener().open(address, timeout=seconds))
+            response.set_result(urllib.request.build_opener().open(address, timeout=seconds))
         except Exception as error:
-            answer.set_exception(error)
+            response.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    return answer.result(seconds)
+    return response.result(seconds)
 
 
 # ---- From options to a model, and messages -------------------------------------------------------

@@ -93,10 +93,10 @@ def test_where_the_head_is_linear_shares_rest_and_bias_are_the_logit_and_fall_wi
 
 def test_parts_of_the_evidence_are_shares_of_all_that_speaks_for_the_class():
     # 2 and 1 speak for it, and so does the rest, 3 - (2 - 1 + 1) = 1.
-    parts = study.parts_of_evidence(np.array([2.0, -1.0, 1.0]), 3.0)
+    parts = study.relative_shares(np.array([2.0, -1.0, 1.0]), 3.0)
     assert parts.tolist() == [0.5, -0.25, 0.25]
     # Here the rest, -2, speaks against it.
-    parts = study.parts_of_evidence(np.array([3.0, -1.0, 1.0]), 1.0)
+    parts = study.relative_shares(np.array([3.0, -1.0, 1.0]), 1.0)
     assert parts.tolist() == [0.75, -0.25, 0.25]
 
 
