@@ -195,3 +195,23 @@ def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
     numbers = [f"{value:.{digits}f}" for value in (0.9, without_hottest, without_central)]
     places = [words.index(number) for number in dict.fromkeys(numbers)]
     assert places == sorted(places)
+
+
+def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_path):
+    network = study.Network(two_channel_model([[0, 4], [0, -8]]))
+    explanation = study.Explanation(
+        name="a.jpg",
+        photo=PHOTO,
+        pixels=PHOTO,
+        class_names=["daisy", "rose"],
+        probabilities=np.array([0.9, 0.1]),
+        true_index=0,
+        uncut={"maps": {k: np.ones((2, 2), "float32") for k in range(2)}},
+        of_all_blocks=np.ones((2, 2), "float32"),
+        deletions=(study.Deletion(0.9, 0.21, 0.55), study.Deletion(0.9, 0.78, 0.55)),
+    )
+    (picture,) = study.draw_heatmaps(tmp_path, network, [explanation])
+    of_last_layer, of_all_blocks = picture.caption.split("\n")[1:]
+    assert "0.21" in of_last_layer and "Better" in of_last_layer
+    assert "all blocks" in of_all_blocks
+    assert "0.78" in of_all_blocks and "No better" in of_all_blocks
