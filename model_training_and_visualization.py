@@ -120,6 +120,7 @@ BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's, from the p
 # What a model can take for a photo's 0–255; the last three are the modes of Keras's
 # preprocess_input: −1 to 1, BGR less ImageNet's mean, and normalized by its mean and deviation.
 PIXELS = ("0..255", "0..1", "tf", "caffe", "torch")
+PIXELS_OF_COLOURS = ("caffe", "torch")  # which a model of grey photos cannot take
 
 
 def parse_options(words=None):
@@ -2701,7 +2702,7 @@ def first_step(pixels, is_grey):
     """
     if pixels not in PIXELS:
         raise Stop(f"pixels: must be one of {', '.join(PIXELS)}, not {pixels}")
-    if is_grey and pixels in ("caffe", "torch"):
+    if is_grey and pixels in PIXELS_OF_COLOURS:
         raise Stop(f"A model of grey photos has no pixels of the kind {pixels}, which has colours.")
 
     def call(photos):
@@ -4396,7 +4397,7 @@ def train_and_save(options, build=build_model):
 
 
 CHECKED_PHOTOS = 64
-FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more photos right
+FEWEST_MENDED = 10  # fewer mistakes that other pixels mend may be chance: 1 in 2 ** 10
 SATURATED = 100  # no model is trained to logits that lie so far apart
 
 
@@ -4404,43 +4405,57 @@ def warn_of_pixels(survey, name, option):
     """Print a warning where a model was plainly trained on other pixels than it is fed.
 
     Where classes are known, that is where others of PIXELS get more photos right than chance
-    explains, by a sign test on the photos that only one of the two gets right. Else it is where
-    only the present ones let the logits lie so far apart that all is certain. name: of the model.
-    option: a format of what chooses the pixels.
+    explains. Else it is where only the present ones let the logits lie so far apart that all is
+    certain. name: of the model. option: a format of what chooses the pixels.
     """
-    network, known = survey.network, np.flatnonzero(survey.labels >= 0)
+    known = np.flatnonzero(survey.labels >= 0)
     among = known if len(known) else np.arange(len(survey.paths))
     count = min(CHECKED_PHOTOS, len(among))
     chosen = among[np.linspace(0, len(among) - 1, count).round().astype(int)]
-    right_now = survey.probabilities[chosen].argmax(1) == survey.labels[chosen]
-    if len(known) and np.sum(~right_now) < FEWEST_MENDED:
+    warn = _warn_of_mistakes if len(known) else _warn_of_certainty
+    warn(survey, chosen, name, option)
+
+
+def _warn_of_mistakes(survey, chosen, name, option):
+    """Print which pixels get clearly more of the chosen photos right, by a sign test."""
+    labels, now = survey.labels[chosen], survey.network.pixels
+    is_right = survey.probabilities[chosen].argmax(1) == labels
+    right = is_right.sum()
+    # Only mistakes can be mended, and few pixels mend any: hardly a photo is predicted anew.
+    if len(chosen) - right < FEWEST_MENDED:
         return
-    photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
-    logits = _logits_by_pixels(network, photos)
-    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
-    best = max(right, key=lambda pixels: right[pixels].sum())
+    mended = _right_by_pixels(survey, chosen[~is_right], PIXELS)
+    mended = {pixels: count for pixels, count in mended.items() if count >= FEWEST_MENDED}
+    kept = _right_by_pixels(survey, chosen[is_right], mended)
+    if not mended:
+        return
+    best = max(mended, key=lambda pixels: mended[pixels] + kept[pixels])
     from scipy.stats import binomtest  # which takes a second to load
 
-    differ = right[best] != right_now
-    more = np.sum(right[best][differ])
-    if more and binomtest(more, differ.sum(), alternative="greater").pvalue < 0.001:
+    differ = mended[best] + right - kept[best]
+    if binomtest(mended[best], differ, alternative="greater").pvalue < 0.001:
         print(
-            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
-            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
+            f"Warning: {name} gets {kept[best] + mended[best]} of {len(chosen)} test photos right "
+            f"on pixels in {best}, and {right} on {now}: add {option.format(best)}"
         )
+
+
+def _warn_of_certainty(survey, chosen, name, option):
+    """Print which pixels leave a doubt about the chosen photos, where the present leave none."""
+    now = survey.network.pixels
+    if np.median(survey.probabilities[chosen].max(1)) < 1:
         return
-    gaps = {it: np.median(np.diff(np.sort(logits[it])[:, -2:])) for it in logits}
-    gap = gaps.pop(network.pixels)
-    others = [
-        option.format(pixels)
-        for pixels in gaps
-        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
-    ]
-    if others and gap > SATURATED:
+    gaps = {
+        pixels: np.median(np.diff(np.sort(logits)[:, -2:]))
+        for pixels, logits in _logits_by_pixels(survey, chosen, PIXELS).items()
+    }
+    gap = gaps.pop(now)
+    fitting = [option.format(pixels) for pixels in gaps if gaps[pixels] < SATURATED]
+    if fitting and gap > SATURATED:
         print(
-            f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
-            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
-            f"{', '.join(others)}"
+            f"Warning: {name} is certain of everything on pixels in {now} (its two highest logits "
+            f"differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
+            f"{', '.join(fitting)}"
         )
 
 
@@ -4657,8 +4672,21 @@ def _run_settings(options, splits, phases):
     return settings
 
 
-def _logits_by_pixels(network, photos):
-    """{pixels: (n, classes) logits} of photos (n, height, width, 3) for each of PIXELS."""
+def _right_by_pixels(survey, numbers, choices):
+    """{pixels: how many of these photos of a survey are right on them}, for some of PIXELS."""
+    if not len(numbers):
+        return dict.fromkeys(choices, 0)
+    labels = survey.labels[numbers]
+    return {
+        pixels: int(np.sum(logits.argmax(1) == labels))
+        for pixels, logits in _logits_by_pixels(survey, numbers, choices).items()
+    }
+
+
+def _logits_by_pixels(survey, numbers, choices):
+    """{pixels: (n, classes) logits} of photos of a survey, for each of these PIXELS."""
+    network = survey.network
+    photos = tf.constant(np.stack([survey.read(survey.paths[k]) for k in numbers]), tf.float32)
     photo_shape = network.shapes[INPUT + 1]
 
     @tf.function(input_signature=[tf.TensorSpec((None, *photo_shape))], autograph=False)
@@ -4666,9 +4694,10 @@ def _logits_by_pixels(network, photos):
         return network.compute(seen, [LOGITS], start=PHOTO, folded=True)[0]
 
     found = {}
-    for pixels in PIXELS[:3] if network.is_grey else PIXELS:
-        (seen,) = first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))
-        found[pixels] = np.concatenate([logits_of(it) for it in batched(seen, PHOTOS_AT_ONCE)])
+    for pixels in choices:
+        if not (network.is_grey and pixels in PIXELS_OF_COLOURS):
+            (seen,) = first_step(pixels, network.is_grey).call(photos)
+            found[pixels] = np.concatenate([logits_of(it) for it in batched(seen, PHOTOS_AT_ONCE)])
     return found
 
 
