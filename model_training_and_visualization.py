@@ -1353,7 +1353,7 @@ def draw_examples(output, network, patterns, peaks, paths):
 ALL_CLASSES = 10  # so many classes have all a heatmap of each photo; of more,
 PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
-PLACES = 6  # rows and columns of a photo's places that are covered one by one
+PLACES = 8  # rows and columns of a photo's places that are covered one by one
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
 EPOCHS_SHOWN = 8  # of these
 
@@ -1634,13 +1634,29 @@ def deletion_caption(explanation, number=0):
         judgement = "Better than a guess here."
     elif without_hottest < without_central + DELETION_MARGIN:
         judgement = "The same as a guess here."
-    part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
+    part = _deleted_part()
     # A third digit where two would hide which of them is lower.
     digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
     before, hottest, central = (f"{it:.{digits}f}" for it in deletion)
     return (
         f"Without the hottest {part}: P({name}) {before} → {hottest}; "
         f"without a central {part}: {central}. {judgement}"
+    )
+
+
+def deletion_summary(explanations):
+    """How far the heatmaps of some photos are worth more than a guess, in words."""
+    found = np.array([it.deletions[0] for it in explanations if it.deletions])
+    if not len(found):
+        return ""
+    before, without_hottest, without_central = found.T
+    better = np.mean(without_hottest < without_central - DELETION_MARGIN)
+    falls = [np.mean(before - without) for without in (without_hottest, without_central)]
+    part = _deleted_part()
+    return (
+        f"In the mean of {len(found)} photos the probability falls by {falls[0]:.2f} without the "
+        f"hottest {part} of the heatmap, by {falls[1]:.2f} without a central {part}; "
+        f"{percent(better)} of the heatmaps are better than a guess."
     )
 
 
@@ -1723,6 +1739,10 @@ def draw_mistakes(output, network, explanations):
     label = f"Grad-CAM at {layer}; 0: nothing"
     save_panels(output / "CAM_mistakes.jpg", rows, caption, label, norm, ACTIVATION_COLOURS)
     return [Picture("CAM_mistakes.jpg", caption)]
+
+
+def _deleted_part():
+    return "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
 
 
 def heatmaps_of(network, photos, labels):
@@ -3460,10 +3480,14 @@ class Progress(rich.progress.Progress):
         super().__init__(*columns, transient=True, disable=not self.on_terminal)
         self.task = self.add_task("", total=len(PATTERN_CONVOLUTIONS) * FILTERS_DRAWN)
 
+    def say(self, what):
+        """Say what is being done, on a terminal."""
+        self.update(self.task, description=what)
+
     def tell_filters(self, convolution, count, sheet, done):
         """Say how many of the count filters are drawn of a sheet, counted from 0."""
-        what = f"patterns of convolution {convolution.number}, {done}/{count}"
-        self.update(self.task, description=what, completed=sheet * FILTERS_DRAWN + done)
+        self.say(f"patterns of convolution {convolution.number}, {done}/{count}")
+        self.update(self.task, completed=sheet * FILTERS_DRAWN + done)
 
     def tell_pictures(self, pictures):
         """Say that these pictures are drawn, and return them."""
@@ -3473,7 +3497,7 @@ class Progress(rich.progress.Progress):
 
     def tell(self, file):
         """Say that a file is written."""
-        self.update(self.task, description=f"{Path(file).stem} is drawn")
+        self.say(f"{Path(file).stem} is drawn")
         if not self.on_terminal:
             print(file, flush=True)
 
@@ -3649,8 +3673,9 @@ PAGE = Path(__file__).with_name("Images") / "index.html"
 LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
-DETAILED_PHOTOS = 24  # the first ones: with a deletion score and activation maps
-COVERED_PHOTOS = 4  # of these, own ones, mistakes and the least sure: place by place
+JUDGED_PHOTOS = 200  # the first ones: with a deletion score
+MAPPED_PHOTOS = 24  # the first ones: with activation maps
+COVERED_PHOTOS = 4  # own ones, mistakes and the least sure: place by place
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80
@@ -3667,13 +3692,18 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     pictures: {what they show: [Picture]}. nearest: see nearest_photos; None without.
     """
     stored, listed = _stored_photos(survey, explained)
-    detailed = stored[: min(DETAILED_PHOTOS, listed)]
-    in_detail = {k: explained.get(k) or explain(survey, k, by_block=False) for k in detailed}
+    judged = stored[: min(JUDGED_PHOTOS, listed)]
+    explanations = dict(explained)
+    for done, k in enumerate(judged):
+        progress.say(f"heatmaps are judged, {done}/{len(judged)}")
+        explanations[k] = explained.get(k) or explain(survey, k, by_block=False)
     facts = _run_facts(survey, record, command)
-    facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
+    facts["judged"] = deletion_summary(list(explanations.values()))
+    facts |= _photo_facts(output, survey, explanations, stored, listed, progress)
     facts["concepts"] = _concept_facts(survey, stored)
     facts["training"] = nearest and _training_facts(output, survey, stored, nearest, progress)
-    facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
+    mapped = judged[:MAPPED_PHOTOS]
+    facts |= _picture_facts(output, survey, mapped, pictures, stored, progress)
     _save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(_script_text(facts), "ascii")
@@ -3698,7 +3728,7 @@ def _run_facts(survey, record, command):
     named = (settings | versions | {"Keras": keras.__version__}).items()
     class_names = survey.class_names
     return {
-        "format": 4,
+        "format": 5,
         "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
         "warnings": _warnings_about(evaluation),
         "command": command,
@@ -3804,7 +3834,7 @@ def _cell(text):
 def _photo_facts(output, survey, explained, stored, listed, progress):
     """What the page shows of photos. Writes sheets of them, and of their thumbnails.
 
-    explained: {photo number: Explanation}, of those told in detail. stored, listed: see
+    explained: {photo number: Explanation}, of those that are judged. stored, listed: see
     _stored_photos.
     """
     covered = [k for k in _doubtful_first(survey) if k in explained][:COVERED_PHOTOS]
@@ -4021,18 +4051,18 @@ def _save_tiles(path, tiles, columns, quality):
     return tiling(path, sheet, tiles, columns)
 
 
-def _picture_facts(output, survey, detailed, pictures, stored, progress):
+def _picture_facts(output, survey, mapped, pictures, stored, progress):
     """What the page shows of the pictures, filters and layers. Writes activation maps.
 
-    detailed: numbers of the photos that have activation maps; stored: of all that the page has.
+    mapped: numbers of the photos that have activation maps; stored: of all that the page has.
     """
     filters = _convolution_entries(pictures["filters"])
-    maps = _activation_maps(survey, detailed)
+    maps = _activation_maps(survey, mapped)
     for entry in filters:
         path = output / f"conv2d_{entry['number']}_maps.jpg"
         tiles = maps[entry["activation"]]
-        entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(detailed), quality=72)
-        entry |= _firing_entries(survey, detailed, stored, entry["activation"])
+        entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(mapped), quality=72)
+        entry |= _firing_entries(survey, mapped, stored, entry["activation"])
         progress.tell(path.name)
     shown = []
     for picture in itertools.chain(*pictures.values()):
@@ -4055,7 +4085,7 @@ def _convolution_entries(pictures):
     return list(entries.values())
 
 
-def _firing_entries(survey, detailed, stored, layer):
+def _firing_entries(survey, mapped, stored, layer):
     """What fires each filter of a layer, and how selective it is; see selectivity_of.
 
     patches: for each filter [photo, row, column, activation], strongest first.
@@ -4073,7 +4103,7 @@ def _firing_entries(survey, detailed, stored, layer):
     return {
         "field": _layer_entry(survey.network, layer),
         "patches": patches,
-        "peaks": [values[k] for k in detailed],
+        "peaks": [values[k] for k in mapped],
         "selectivity": selectivity_of(peaks).astype(float).round(3).tolist(),
     }
 

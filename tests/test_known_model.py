@@ -426,6 +426,17 @@ def test_deletion_scores_are_those_of_the_hottest_fifth_where_its_positions_look
     assert told >= 2
 
 
+def test_the_page_tells_what_the_heatmaps_are_worth_in_the_mean_of_all_photos(drawn):
+    knowns = [it for _, it in drawn.photos if it.heatmap(it.explained_class).any()]
+    before, hottest, central = np.array([it.deletion() for it in knowns]).T
+    count, *found = numbers_in(drawn.run["judged"])
+    better = np.mean(central - hottest > 0.01)
+    expected = [np.mean(before - hottest), np.mean(before - central), better]
+    assert count == len(knowns)
+    found[2] /= 100
+    np.testing.assert_allclose(found, expected, atol=0.006)
+
+
 # ---- What fires a filter -------------------------------------------------------------------------
 
 

@@ -214,11 +214,12 @@ def write_run(folder):
     for file in ("strip.jpg", "first.png", "training_curves.png"):
         write_sheet(folder, file, 9, 1, 1)
     return {
-        "format": 4,
+        "format": 5,
         "lead": ["It learnt 3 classes.", "It names 5 of 8 right."],
         "warnings": ["⚠ Only 2 photos of a class."],
         "command": "python model_training_and_visualization.py --epochs 2",
         "settings": ["epochs: 2", "weights: none"],
+        "judged": "71 % of the heatmaps are better.",
         "classes": CLASSES,
         "test": [
             ["true \\ predicted", *CLASSES, "recall"],
@@ -1197,6 +1198,7 @@ def test_the_run_tells_its_settings_and_pictures(visit):
     page = visit()
     assert page.text("#lead").splitlines() == ["It learnt 3 classes.", "It names 5 of 8 right."]
     assert page.text("#warnings") == "⚠ Only 2 photos of a class."
+    assert page.text("#judged") == "71\xa0% of the heatmaps are better."
     assert page.text("#command").startswith("python model_training")
     assert page.text("#settings").splitlines() == ["epochs: 2", "weights: none"]
     assert page.each("#pictures figcaption", "textContent") == ["The first picture"]
