@@ -1738,14 +1738,14 @@ def draw_concepts(output, survey):
     labels, rows = [], []
     for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN]:
         name = survey.class_names[class_index]
-        for concept, part, fall in class_concepts(survey, class_index):
-            labels.append(f"{name}\nconcept {concept}\n{percent(part)}\nlogit {-fall:+.1f}")
+        for concept, share, fall in class_concepts(survey, class_index):
+            labels.append(f"{name}\nconcept {concept}\n{percent(share)}\nlogit {-fall:+.1f}")
             rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
     if not rows:
         return []
     caption = (
         "What speaks for each class: its strongest concepts, each in the photos that hold most\n"
-        "concept, its part of all that speaks for the class, the change of the logit without it\n"
+        "concept, its share of all that speaks for the class, the change of the logit without it\n"
         f"{concept_truth(survey.concepts)}"
     )
     save_rows(output / "concepts.jpg", labels, rows, caption)
@@ -1767,16 +1767,16 @@ def draw_photo_concepts(output, survey, number):
     photo = survey.network.read_photo(survey.paths[number])
     labels, rows = ["the photo"], [[(in_square(photo, PATCH_SIDE), "")]]
     for class_index, concepts_of_class in strongest.items():
-        for concept, part in concepts_of_class:
+        for concept, share in concepts_of_class:
             name = survey.class_names[class_index]
-            labels.append(f"for {name}\nconcept {concept}\n{percent(part)}")
+            labels.append(f"for {name}\nconcept {concept}\n{percent(share)}")
             known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
             here, _ = _lit(survey, number, concept)
             rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
-    (concept, part), *_ = strongest[predicted]
+    (concept, share), *_ = strongest[predicted]
     says = survey.class_names[predicted]
     caption = (
-        f"{survey.name(number)}: it says {says}, as {percent(part)} of what speaks for {says} is "
+        f"{survey.name(number)}: it says {says}, as {percent(share)} of what speaks for {says} is "
         f"concept {concept}\n"
         "where each concept lies in this photo, and in those that hold most of it\n"
         f"{concept_truth(survey.concepts)}"
@@ -3953,14 +3953,14 @@ def _photo_entry(survey, number):
 
 
 def _concept_entries(survey, number):
-    """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
+    """Where each concept lies in a photo, and the strongest shares of its classes' evidence."""
     encoded = list(map(_encoded, np.moveaxis(survey.concept_maps[number], -1, 0)))
     classes = dict.fromkeys(survey.classes[number].tolist())
-    parts = [
-        [k, [[c, round(part, 3)] for c, part in strongest_shares(survey, number, k)]]
+    shares = [
+        [k, [[c, round(share, 3)] for c, share in strongest_shares(survey, number, k)]]
         for k in classes
     ]
-    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
+    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "shares": shares}
 
 
 def _concept_facts(survey, stored):
@@ -3974,8 +3974,8 @@ def _concept_facts(survey, stored):
         photos = [stored.index(k) for k in photos_of_concept(survey, concept)]
         found.append({"photos": photos, "classes": []})
     for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN].tolist():
-        for concept, part, fall in class_concepts(survey, class_index):
-            found[concept]["classes"].append([class_index, round(part, 3), round(fall, 2)])
+        for concept, share, fall in class_concepts(survey, class_index):
+            found[concept]["classes"].append([class_index, round(share, 3), round(fall, 2)])
     return {"truth": concept_truth(survey.concepts), "found": found}
 
 
@@ -4298,7 +4298,7 @@ def require_whole_split(data):
     if (data / BUILDING / "split.csv").exists():
         remedy = f"{pasteable('python', script, 'PHOTOS', '--output', data)} moves the rest."
         raise Stop(f"{printable(data)}: its split is half in its place.\n{remedy}")
-    if data.is_dir() and not (data / "split.csv").is_file():
+    if (data / "train").is_dir() and not (data / "split.csv").is_file():
         check = pasteable("python", script, data, "--check")
         print(f"No split.csv in {printable(data)}: {check} looks for copies across the parts.")
 

@@ -162,7 +162,7 @@ def write_run(folder):
                 "concepts": {
                     "maps": [encoded(rows) for rows in LIT],
                     "peaks": [2.0, 1.0],
-                    "parts": [[k, [[k % 2, 0.7], [1 - k % 2, 0.2]]] for k in range(3)],
+                    "shares": [[k, [[k % 2, 0.7], [1 - k % 2, 0.2]]] for k in range(3)],
                 },
                 "heatmaps": [
                     heatmap(best, (1.5, DAISY)),
@@ -392,7 +392,7 @@ def test_a_run_without_concepts_has_no_section_for_them(visit):
     def take_away(run):
         run["concepts"] = {"truth": "0 concepts", "found": []}
         for entry in run["photos"]:
-            entry["concepts"] = {"maps": [], "peaks": [], "parts": [[k, []] for k in range(3)]}
+            entry["concepts"] = {"maps": [], "peaks": [], "shares": [[k, []] for k in range(3)]}
 
     page = visit("photo=0&concept=1", take_away)
     assert page.eval("document.querySelector('#concepts').hidden")
