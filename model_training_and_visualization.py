@@ -3308,8 +3308,11 @@ def deletion_caption(explanation, number=0):
     )
 
 
-def deletion_summary(explanations):
-    """How far the heatmaps of some photos are worth more than a guess, in words."""
+def deletion_summary(explanations, which="photos"):
+    """How far the heatmaps of some photos are worth more than a guess, in words.
+
+    which: what these photos are called.
+    """
     found = np.array([it.deletions[0] for it in explanations if it.deletions])
     if not len(found):
         return ""
@@ -3318,7 +3321,7 @@ def deletion_summary(explanations):
     falls = [np.mean(before - without) for without in (without_hottest, without_central)]
     part = _deleted_part()
     return (
-        f"In the mean of {len(found)} photos the probability falls by {falls[0]:.2f} without the "
+        f"In the mean of {len(found)} {which} the probability falls by {falls[0]:.2f} without the "
         f"hottest {part} of the heatmap, by {falls[1]:.2f} without a central {part}; "
         f"{percent(better)} of the heatmaps are better than a guess."
     )
@@ -3705,7 +3708,8 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
         progress.say(f"heatmaps are judged, {done}/{len(judged)}")
         explanations[k] = explained.get(k) or explain(survey, k, by_block=False)
     facts = _run_facts(survey, record, command)
-    facts["judged"] = deletion_summary(list(explanations.values()))
+    which = "photos" if len(judged) == len(survey.paths) else "of the most doubtful photos"
+    facts["judged"] = deletion_summary(list(explanations.values()), which)
     facts |= _photo_facts(output, survey, explanations, stored, listed, progress)
     facts["concepts"] = _concept_facts(survey, stored)
     facts["training"] = nearest and _training_facts(output, survey, stored, nearest, progress)

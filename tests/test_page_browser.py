@@ -831,6 +831,7 @@ def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
     assert "rose: up to 2.5 at row 2, column 2" in answers[2]
     assert "daisy: down to −2 at row 1, column 3" in answers[2]
     assert "row 2, column 1 of the photo: rose 80\xa0% → 40\xa0%." in answers[3]
+    assert answers[4].startswith("70\xa0% of what speaks for rose is concept 1")
     assert "rose/z.jpg: cosine 0.93" in answers[4] and "daisy/w.jpg: cosine 0.5" in answers[4]
     page.click("#tour [href='#tour=']")
     assert not page.eval("$('tour').checkVisibility()") and "tour" not in address(page)
