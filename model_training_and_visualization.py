@@ -1117,8 +1117,8 @@ def _ascent_step(network, layer_name, basis, spectrum, margin):
             # An image changes only its own mean, so the gradient of the sum is each image's own.
             activation = tf.reduce_sum(tf.gather(means, filters, axis=1, batch_dims=1))
         momentum = PATTERN_MOMENTUM * momentum + tape.gradient(activation, coefficients)
-        direction = momentum / _contrast(momentum, spectrum)
-        return coefficients + PATTERN_RATE * direction, momentum
+        change = PATTERN_RATE * momentum / _contrast(momentum, spectrum)
+        return coefficients + change, momentum
 
     return step
 
