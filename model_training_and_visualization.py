@@ -828,8 +828,9 @@ def reliability(evaluation):
     For each bin of confidence, the probability of the predicted class, its number of photos, the
     sum of their confidences, and how many of them are right. A bin holds its upper end.
     """
-    confidence = evaluation.probabilities.max(1).astype(float)
-    bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
+    confidence = evaluation.probabilities.max(1).astype(float).round(6)
+    ends = np.linspace(0, 1, CONFIDENCE_BINS + 1).round(6)
+    bins = np.digitize(confidence, ends[1:-1], right=True)
     columns = np.column_stack([np.ones(len(bins)), confidence, evaluation.correct])
     sums = np.zeros((CONFIDENCE_BINS, 3))
     np.add.at(sums, bins, columns)
