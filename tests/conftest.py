@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # No test reads the settings or the weights of whoever starts it; Keras asks when it is imported.
@@ -193,7 +194,7 @@ def stock_inception(inception):
 WHOLE_RUN = """
 import model_training_and_visualization as study
 study.tf.config.run_functions_eagerly(True)
-study.run(lambda: study.main(study.parse_options(), pattern_size=48, pattern_steps=2))
+study.run(lambda: study.main(study.parse_options(), pattern_size=48, pattern_steps=1))
 """
 # A run with a small model that is killed before the checkpoint of its third epoch is in its place.
 KILLED_RUN = """
@@ -243,7 +244,7 @@ def start(arguments, redirection="", **settings):
 def started_run(split_flowers, tmp_path_factory):
     """A whole run of the real model that goes on in the background."""
     folder = tmp_path_factory.mktemp("run")
-    more = ("--weights", "none", "--epochs", 2, "--batch-size", 12)
+    more = ("--weights", "none", "--epochs", 1, "--batch-size", 24)
     with start(["-c", WHOLE_RUN, *words(split_flowers, folder, *more)]) as run:
         yield folder, run
         run.kill()
@@ -319,10 +320,52 @@ def started_hostile_run(split_flowers, tmp_path_factory):
         run.kill()
 
 
+@pytest.fixture(scope="session")
+def started_in_a_terminal(split_flowers, tmp_path_factory):
+    """The script drawing a small model in a terminal, interrupted once it drew what filters see.
+
+    Beside the process there is the future of all that the terminal showed.
+    """
+    import pty  # which Windows does not have
+
+    folder = tmp_path_factory.mktemp("terminal")
+    save_small(folder)
+    ours, theirs = pty.openpty()
+    arguments = [study.__file__, "--skip-training", "--model", "small.keras"]
+    arguments += ["--data", str(split_flowers)]
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.STDOUT}
+    settings = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+
+    def watch():
+        shown, interrupted = b"", False
+        with contextlib.suppress(OSError):  # the end of the program is the end of the terminal
+            while part := os.read(ours, 10_000):
+                shown += part
+                if not interrupted and any((folder / "Images").glob("*_filters.jpg")):
+                    run.send_signal(signal.SIGINT)
+                    interrupted = True
+        os.close(ours)
+        return shown.decode()
+
+    with ThreadPoolExecutor() as pool, start(arguments, cwd=folder, env=settings, **streams) as run:
+        os.close(theirs)
+        yield run, pool.submit(watch)
+        run.kill()
+
+
+def processes_of(item):
+    """The fixtures of a test that are processes of their own."""
+    names = getattr(item, "fixturenames", ())
+    return {name for name in names if name.startswith("started_")}
+
+
+def pytest_collection_modifyitems(items):
+    """The tests that wait for processes come last."""
+    items.sort(key=lambda item: bool(processes_of(item)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def start_early(request):
     """Start the processes before the tests that do not need them, where others do."""
-    asked = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for name in sorted(asked):
-        if name.startswith("started_"):
-            request.getfixturevalue(name)
+    for name in sorted(set().union(*map(processes_of, request.session.items))):
+        request.getfixturevalue(name)

@@ -8,7 +8,6 @@ import re
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -65,29 +64,12 @@ def test_help_and_a_mistyped_option_do_not_wait_for_tensorflow(option, exit_code
 
 @POSIX_ONLY
 def test_a_terminal_shows_one_bar_of_what_is_drawn_and_ctrl_c_says_how_to_go_on(
-    saved, split_flowers
+    started_in_a_terminal,
 ):
-    import pty
-
-    ours, theirs = pty.openpty()
-    command = [sys.executable, SCRIPT, "--skip-training", "--model", "small.keras"]
-    command += ["--data", split_flowers]
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.STDOUT}
-    settings = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    shown, interrupted = b"", False
-    with subprocess.Popen(command, cwd=saved, **streams, env=settings) as run:
-        os.close(theirs)
-        with contextlib.suppress(OSError):  # the end of the program is the end of the terminal
-            while part := os.read(ours, 10_000):
-                shown += part
-                drawn = [*(saved / "Images").glob("*_filters.jpg")]
-                if drawn and not interrupted:
-                    run.send_signal(signal.SIGINT)
-                    interrupted = True
-    os.close(ours)
-    text = shown.decode()
-    assert run.returncode == 130, text
-    assert interrupted and "small.keras" in text and "--skip-training" in text
+    run, shown = started_in_a_terminal
+    text = shown.result(timeout=300)
+    assert run.wait(timeout=60) == 130, text
+    assert "small.keras" in text and "--skip-training" in text
     assert "━" in text and ".jpg" not in text  # a bar, and no list of files beside it
     assert "Traceback" not in text
     assert "oneDNN" not in text and "InitializeLog" not in text  # nor TensorFlow's start-up
