@@ -242,10 +242,14 @@ def start(arguments, redirection="", **settings):
 
 @pytest.fixture(scope="session")
 def started_run(split_flowers, tmp_path_factory):
-    """A whole run of the real model that goes on in the background."""
-    folder = tmp_path_factory.mktemp("run")
+    """A whole run of the real model, with three photos a split, that goes on in the background."""
+    folder, photos = (tmp_path_factory.mktemp(name) for name in ("run", "three_photos"))
+    for photo in split_flowers.glob("*/*/0.jpg"):
+        place = photos / photo.relative_to(split_flowers)
+        place.parent.mkdir(parents=True)
+        shutil.copy(photo, place)
     more = ("--weights", "none", "--epochs", 1, "--batch-size", 24)
-    with start(["-c", WHOLE_RUN, *words(split_flowers, folder, *more)]) as run:
+    with start(["-c", WHOLE_RUN, *words(photos, folder, *more)]) as run:
         yield folder, run
         run.kill()
 

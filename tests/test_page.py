@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 from conftest import remembered_figures, small_model
-from known_model import CLASSES, TEST_PHOTOS, known_model, read_run, write_photos
+from known_model import TEST_PHOTOS, known_model, read_run, write_photos
 from matplotlib.text import Text
 from PIL import Image
 
@@ -150,24 +150,40 @@ def test_a_confusion_matrix_of_many_classes_stays_small_enough_to_be_seen(made):
 
 # ---- More photos than the page lists -------------------------------------------------------------
 
+# What a spreadsheet would take for formulas, quotes or lines of their own.
+CLASSES_AS_CELLS = {"=a": "'=a", 'b"\n,': 'b"\\n,', "c": "c"}
+FOLDERS_AS_CELLS = {
+    "=1+2": "'=1+2",
+    "+1": "'+1",
+    "-1": "'-1",
+    "@x": "'@x",
+    'a"b,c': 'a"b,c',
+    "d\ne": "d\\ne",
+}
+
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """503 times one photo that is right, and among them three times one that is not: run.js."""
+    """503 times a photo that is right, twice one that is not, and two of which it is surer.
+
+    Some lie in folders whose names would be no texts to a spreadsheet. Returns folder and run.js.
+    """
     folder = tmp_path_factory.mktemp("many")
-    chosen = {name: TEST_PHOTOS[name] for name in ("azure/a.png", "emerald/d.png", "ruby/b.png")}
-    right, wrong, lender = write_photos(folder, chosen)
-    photos = [right] * 200 + [wrong] * 2 + [right] * 303 + [lender]
-    # Taken for emerald with 0.78, and that is what it is here: the surest but those that are right.
-    labels = [it.label for it in photos[:-1]] + [1]
-    paths, output = [it.path for it in photos], folder / "Images"
-    study.draw(known_model(), paths, CLASSES, output, labels, pattern_size=32, pattern_steps=1)
+    names = ("ruby/c.png", "emerald/b.png", "azure/b.png", "ruby/a.png")
+    chosen = {name: TEST_PHOTOS[name] for name in names}
+    right, wrong, *surer = write_photos(folder, chosen)
+    again = {f"{name}/a.png": TEST_PHOTOS["ruby/c.png"] for name in FOLDERS_AS_CELLS}
+    photos = [right] * 200 + [wrong] * 2 + [right] * 297 + write_photos(folder, again)
+    paths, labels = zip(*((it.path, it.label) for it in [*photos, *surer]), strict=True)
+    output = folder / "Images"
+    classes = list(CLASSES_AS_CELLS)
+    study.draw(known_model(), paths, classes, output, labels, pattern_size=32, pattern_steps=1)
     return output, read_run(output)
 
 
 def test_of_many_photos_the_doubtful_ones_are_listed(many):
     _, run = many
-    assert run["photo_count"] == 506
+    assert run["photo_count"] == 507
     listed = [it for it in run["photos"] if it["listed"]]
     assert len(listed) == 500 and sum(it["mistake"] for it in listed) == 2
     assert [it["listed"] for it in run["photos"][:500]] == [True] * 500
@@ -181,31 +197,26 @@ def test_of_many_photos_the_doubtful_ones_are_listed(many):
 
 def test_a_photo_beyond_the_first_sheet_lies_in_its_place(many):
     folder, run = many
-    photo = next(it for it in run["photos"][36:] if it["name"] == "azure/a.png")
+    photo = next(it for it in run["photos"][36:] if it["name"] == "ruby/c.png")
     sheet = run["photo_sheets"][photo["sheet"]]
     row, column = divmod(photo["place"], sheet["columns"])
     top, left = sheet["top"] + row * sheet["pitch"], sheet["left"] + column * sheet["pitch"]
     picture = np.asarray(Image.open(folder / sheet["file"]).convert("RGB")).astype(int)
     tile = picture[top : top + sheet["tile"], left : left + sheet["tile"]]
-    whole = Image.fromarray(TEST_PHOTOS["azure/a.png"][1]).resize(tile.shape[:2], 2)
+    whole = Image.fromarray(TEST_PHOTOS["ruby/c.png"][1]).resize(tile.shape[:2], 2)
     assert photo["sheet"] > 0 and np.abs(tile - np.asarray(whole)).mean() < 6
 
 
-def test_an_activation_map_is_scaled_by_all_photos(tmp_path):
-    # The last one is right and sure: it has no map, but fires a filter most.
-    names = ["ruby/a.png", "emerald/b.png", *["ruby/c.png"] * 28, "azure/b.png"]
-    known = {it.name: it for it in write_photos(tmp_path, {it: TEST_PHOTOS[it] for it in names})}
-    photos, folder = [known[name] for name in names], tmp_path / "Images"
-    paths, labels = [it.path for it in photos], [it.label for it in photos]
-    study.draw(known_model(), paths, CLASSES, folder, labels, pattern_size=32, pattern_steps=1)
-    (entry,) = read_run(folder)["filters"]
+def test_an_activation_map_is_scaled_by_all_photos(many):
+    folder, run = many
+    (entry,) = run["filters"]
     assert len(entry["peaks"]) == 24  # the first photos
     picture = np.asarray(Image.open(folder / entry["maps"]["file"]).convert("L")).astype(int)
     side = entry["maps"]["tile"]
     rows = picture.reshape(24, side, entry["maps"]["columns"], side).max((0, 1, 3))
     shown = np.max(entry["peaks"], axis=0)
     highest = np.array([it[0][3] if it else 0 for it in entry["patches"]])
-    # Some filter fires more on a photo that has no map.
+    # Some filter fires more on azure/b.png, of which it is too sure: it has no map.
     shares = shown[shown > 0] / highest[shown > 0]
     assert shares[shares < 1].min() < 0.9 and shares.max() == 1
     colours = 255 * matplotlib.colormaps["inferno"](shares)[:, :3]
@@ -213,25 +224,14 @@ def test_an_activation_map_is_scaled_by_all_photos(tmp_path):
     np.testing.assert_allclose(rows[shown > 0], luminance, atol=12)
 
 
-def test_names_are_texts_to_a_spreadsheet(tmp_path):
-    photo = Image.fromarray(np.full((32, 32, 3), 90, "uint8"))
-    names = ["=1+2.png", "+1.png", "-1.png", "@x.png", 'a"b,c.png', "d\ne.png"]
-    for name in names:
-        photo.save(tmp_path / name)
-    classes = ["=a", 'b"\n,', "c"]
-    study.draw(
-        small_model(),
-        [tmp_path / name for name in names],
-        classes,
-        tmp_path / "Images",
-        pattern_size=16,
-        pattern_steps=1,
-    )
-    with (tmp_path / "Images" / "predictions.csv").open(encoding="utf-8-sig", newline="") as file:
+def test_names_are_texts_to_a_spreadsheet(many):
+    with (many[0] / "predictions.csv").open(encoding="utf-8-sig", newline="") as file:
         header, *rows = csv.reader(file)
-    assert header[3:] == ["'=a", 'b"\\n,', "c"]
-    expected = ["'=1+2.png", "'+1.png", "'-1.png", "'@x.png", 'a"b,c.png', "d\\ne.png"]
-    assert [row[0] for row in rows] == expected
+    assert header[3:] == list(CLASSES_AS_CELLS.values())
+    last = [*(f"{cell}/a.png" for cell in FOLDERS_AS_CELLS.values()), "azure/b.png", "ruby/a.png"]
+    assert len(rows) == 507 and [row[0] for row in rows[-8:]] == last
+    of_class = {row[0]: row[1] for row in rows}
+    assert of_class["ruby/a.png"] == "'=a" and of_class["emerald/b.png"] == 'b"\\n,'
 
 
 def test_of_many_classes_the_four_most_probable_and_the_true_one_have_heatmaps(made):
