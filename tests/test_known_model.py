@@ -160,9 +160,22 @@ def tested(folder):
 
 
 @pytest.fixture(scope="module")
-def own(folder, tested):
-    """Own photos among test photos; one file held another photo when the others were drawn."""
-    return draw(folder, "own", OWN_PHOTOS)
+def training(folder):
+    """[Known] of the training photos beside the own photos: they are the test photos."""
+    return write_photos(folder / "train", TEST_PHOTOS)
+
+
+@pytest.fixture(scope="module")
+def own(folder, tested, training):
+    """Own photos among test photos; one file held another photo when the others were drawn.
+
+    One of the training photos beside them does not decode.
+    """
+    no_photo = folder / "train" / "ruby" / "z.png"
+    no_photo.write_bytes(b"no photo")
+    paths = [*(it.path for it in training), no_photo]
+    labels = [*(it.label for it in training), 0]
+    return draw(folder, "own", OWN_PHOTOS, training=(paths, labels))
 
 
 @pytest.fixture(params=["tested", "own"])
@@ -1009,18 +1022,13 @@ def test_bins_of_confidence_hold_how_often_the_model_is_right(tested):
     assert found["error"] == pytest.approx(distance, abs=2e-4)
 
 
-def test_the_training_photos_most_alike_are_those_of_the_nearest_feature_means(folder, tested):
-    """They are the test photos, and one that does not decode."""
+def test_the_training_photos_most_alike_are_those_of_the_nearest_feature_means(
+    tested, own, training
+):
     assert tested.run["training"] is None
-    training = write_photos(folder / "train", TEST_PHOTOS)
-    (folder / "train" / "ruby" / "z.png").write_bytes(b"no photo")
-    paths = [*(it.path for it in training), folder / "train" / "ruby" / "z.png"]
-    labels = [*(it.label for it in training), 0]
-    photo = {"ruby/b.png": TEST_PHOTOS["ruby/b.png"]}
-    drawn = draw(folder, "alike", photo, training=(paths, labels))
-    facts, (known,) = drawn.run["training"], drawn.known.values()
+    facts, known = own.run["training"], own.known["ruby/b.png"]
     assert facts["count"] == 9 and known.is_mistake
-    (like,) = facts["like"]
+    like = facts["like"][own.shown("ruby/b.png")["number"]]
     assert [k for k, _ in like] == [known.predicted, known.label]
 
     def cosine(other):
@@ -1035,7 +1043,7 @@ def test_the_training_photos_most_alike_are_those_of_the_nearest_feature_means(f
             list(map(cosine, expected)), abs=0.01
         )
         for (place, _), it in zip(nearest, expected, strict=True):
-            thumbnail = cut(drawn, facts["sheet"], place)
+            thumbnail = cut(own, facts["sheet"], place)
             assert np.abs(np.median(thumbnail, (0, 1)) - np.median(it.photo, (0, 1))).max() < 5
     assert like[1][1][0][1] == pytest.approx(1, abs=0.01)  # the photo itself is among them
 

@@ -135,27 +135,29 @@ def write_keras_2_layout(path, model):
         save_weights_to_hdf5_group(file, model)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("notop.weights.h5", 139), ("inception_v3_kernels_notop.h5", 75)]
-)
-def test_files_without_a_classifier_give_their_weights_and_keep_their_strides(
-    stock_inception, tmp_path, name, size
+def test_every_kind_of_file_gives_its_weights_and_the_strides_of_its_model(
+    inception, stock_inception, tmp_path
 ):
-    path = tmp_path / name
-    write = write_keras_2_layout if "kernels" in name else lambda path, it: it.save_weights(path)
-    write(path, stock_inception)
-    model = study.build_model(2, size, str(path))
-    assert_same_weights(model, weights_by_name(stock_inception))
-    assert model.output_shape == (None, 2) and model.input_shape == (None, size, size, 3)
+    """The model of the first file takes the weights of the others: to build it takes seconds."""
+    expected = weights_by_name(stock_inception)
+    stock_inception.save_weights(tmp_path / "notop.weights.h5")
+    model = study.build_model(2, 139, str(tmp_path / "notop.weights.h5"))
+    assert_same_weights(model, expected)
+    assert model.output_shape == (None, 2) and model.input_shape == (None, 139, 139, 3)
     # A window of 3 × 3 on 7 × 7 positions has 5 × 5 places; every second one is 3 × 3.
-    assert positions(model) == ([(7, 7), (3, 3)] if size == 139 else [(3, 3), (1, 1)])
+    assert positions(model) == [(7, 7), (3, 3)]
 
+    base = keras.Model(model.inputs, model.get_layer("mixed10").output)
+    base.set_weights([np.zeros(weight.shape) for weight in base.weights])
+    write_keras_2_layout(tmp_path / "inception_v3_kernels_notop.h5", stock_inception)
+    again = study.load_backbone_weights(base, tmp_path / "inception_v3_kernels_notop.h5")
+    assert_same_weights(again, expected)
+    assert positions(again) == [(7, 7), (3, 3)]
 
-def test_a_model_gives_its_weights_and_its_own_strides(inception):
-    model, path = inception  # small photos, from scratch
-    further = study.build_model(4, 139, str(path))
-    assert_same_weights(further, weights_by_name(model))
-    assert positions(further) == [(7, 7), (5, 5)] and further.output_shape == (None, 4)
+    of_small_photos, path = inception  # from scratch
+    further = study.load_backbone_weights(base, path)
+    assert_same_weights(further, weights_by_name(of_small_photos))
+    assert positions(further) == [(7, 7), (5, 5)]
 
 
 @pytest.mark.parametrize(
