@@ -748,7 +748,7 @@ class Evaluation:
         return float(np.mean(losses))
 
     @cached_property
-    def photos(self):
+    def photo_counts(self):
         """(classes,) the number of photos of each class."""
         return np.bincount(self.labels, minlength=len(self.class_names))
 
@@ -767,12 +767,12 @@ class Evaluation:
     @property
     def recall(self):
         """(classes,) share of a class's photos that are called so; nan for a class without any."""
-        return _shares(np.diag(self.confusion), self.photos)
+        return _shares(np.diag(self.confusion), self.photo_counts)
 
     @property
     def largest_share(self):
         """The accuracy of always guessing the most frequent class."""
-        return self.photos.max() / len(self.labels)
+        return self.photo_counts.max() / len(self.labels)
 
     @property
     def chance(self):
@@ -1748,7 +1748,9 @@ def draw_concepts(output, survey):
         name = survey.class_names[class_index]
         for concept, share, fall in class_concepts(survey, class_index):
             labels.append(f"{name}\nconcept {concept}\n{percent(share)}\nlogit {-fall:+.1f}")
-            rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
+            rows.append(
+                [_spotlight(survey, k, concept) for k in photos_of_concept(survey, concept)]
+            )
     if not rows:
         return []
     caption = (
@@ -1779,8 +1781,8 @@ def draw_photo_concepts(output, survey, number):
             name = survey.class_names[class_index]
             labels.append(f"for {name}\nconcept {concept}\n{percent(share)}")
             known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
-            here, _ = _lit(survey, number, concept)
-            rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
+            here, _ = _spotlight(survey, number, concept)
+            rows.append([(here, "here"), *(_spotlight(survey, k, concept) for k in known)])
     (concept, share), *_ = strongest[predicted]
     says = survey.class_names[predicted]
     caption = (
@@ -1862,7 +1864,7 @@ def _logits_of(network, feature_maps):
     return logits.numpy()
 
 
-def _lit(survey, number, concept):
+def _spotlight(survey, number, concept):
     """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
     network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
     photo = network.read_photo(survey.paths[number])
@@ -1945,7 +1947,8 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
     pictures["concepts"] = tell(draw_concepts(output, survey))
-    pictures["concepts"] += tell(draw_photo_concepts(output, survey, _puzzle(survey, explained)))
+    puzzling = _photo_to_take_apart(survey, explained)
+    pictures["concepts"] += tell(draw_photo_concepts(output, survey, puzzling))
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
@@ -1974,7 +1977,7 @@ def draw_strip(output, network, explanation, patterns):
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
 
 
-def _puzzle(survey, explained):
+def _photo_to_take_apart(survey, explained):
     """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
     numbers = list(explained)
     mistakes = [number for number in numbers if explained[number].is_mistake]
@@ -3070,7 +3073,7 @@ def save_confusion_matrix(path, evaluation):
     side = 0.8 if few else 20 / classes
     figure = Figure(figsize=(3.5 + side * classes, 2.5 + side * classes), layout="constrained")
     axes = figure.subplots()
-    photos = np.maximum(1, evaluation.photos[:, None])
+    photos = np.maximum(1, evaluation.photo_counts[:, None])
     drawn = axes.imshow(counts / photos, cmap="Blues_r", vmin=0, vmax=1)
     size = min(13, 55 * side)  # points
     axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
@@ -3266,7 +3269,9 @@ def evaluation_report(evaluation):
         measured = "(each class by itself, called so from 0.5 up)"
     lines = [f"Test: loss {evaluation.loss:.4f} {measured}"]
     lines.append(f"{'class':{width}}  precision  recall  photos")
-    columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
+    columns = zip(
+        names, evaluation.precision, evaluation.recall, evaluation.photo_counts, strict=True
+    )
     for name, precision, recall, count in columns:
         precision, recall = share_text(precision), share_text(recall)
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
@@ -3286,7 +3291,7 @@ def accuracy_text(evaluation):
     count = len(evaluation.labels)
     text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
     text += f" ({100 * low:.0f} to {percent(high)})"
-    if differ_in_size(evaluation.photos):
+    if differ_in_size(evaluation.photo_counts):
         text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
     return text
 
@@ -3549,7 +3554,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     surveyed = []
     for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
         feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
-        of_batch = _look(network, feature_maps, labels[numbers], found)
+        of_batch = _what_the_head_makes(network, feature_maps, labels[numbers], found)
         surveyed.append(of_batch | {"peaks": peaks})
     back = np.argsort(np.concatenate([sample, others]))
     joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
@@ -3631,7 +3636,7 @@ def _concept_sample(network, labels, seed):
     return np.random.default_rng(seed).permutation(known)[: min(CONCEPT_PHOTOS, fitting)]
 
 
-def _look(network, feature_maps, labels, found):
+def _what_the_head_makes(network, feature_maps, labels, found):
     """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
     # From the last layer with positions on, which is handed through: nothing before it need be
     # computed again.
@@ -3844,7 +3849,7 @@ def _warnings_about(evaluation):
     found = []
     if evaluation and evaluation.is_no_better_than_chance:
         found.append("⚠ It does no better than chance: its pictures show little learning.")
-    fewest = min(evaluation.photos) if evaluation else math.inf
+    fewest = min(evaluation.photo_counts) if evaluation else math.inf
     if fewest < FEW_PHOTOS:
         found.append(f"⚠ A class has only {fewest} test photos: each changes the result by much.")
     return found
