@@ -54,6 +54,17 @@ def split_flowers(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_photos(split_flowers, tmp_path_factory):
+    """The first photo of each class in each split."""
+    folder = tmp_path_factory.mktemp("three_photos")
+    for photo in split_flowers.glob("*/*/0.jpg"):
+        place = folder / photo.relative_to(split_flowers)
+        place.parent.mkdir(parents=True)
+        shutil.copy(photo, place)
+    return folder
+
+
 def small_model(size=32, class_count=3, channels=8):
     """Three convolutions under a softmax, on 0–255 RGB, that learn drawn flowers within seconds."""
     photo = keras.Input((size, size, 3))
@@ -241,15 +252,11 @@ def start(arguments, redirection="", **settings):
 
 
 @pytest.fixture(scope="session")
-def started_run(split_flowers, tmp_path_factory):
-    """A whole run of the real model, with three photos a split, that goes on in the background."""
-    folder, photos = (tmp_path_factory.mktemp(name) for name in ("run", "three_photos"))
-    for photo in split_flowers.glob("*/*/0.jpg"):
-        place = photos / photo.relative_to(split_flowers)
-        place.parent.mkdir(parents=True)
-        shutil.copy(photo, place)
+def started_run(three_photos, tmp_path_factory):
+    """A whole run of the real model that goes on in the background."""
+    folder = tmp_path_factory.mktemp("run")
     more = ("--weights", "none", "--epochs", 1, "--batch-size", 24)
-    with start(["-c", WHOLE_RUN, *words(photos, folder, *more)]) as run:
+    with start(["-c", WHOLE_RUN, *words(three_photos, folder, *more)]) as run:
         yield folder, run
         run.kill()
 

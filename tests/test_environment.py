@@ -183,13 +183,13 @@ def one(class_count, image_size, weights):
     return small_model(image_size, class_count, channels=1)
 
 
-def test_it_runs_in_a_thread_with_streams_that_are_no_files(saved, split_flowers, monkeypatch):
+def test_it_runs_in_a_thread_with_streams_that_are_no_files(saved, three_photos, monkeypatch):
     """As in a notebook or behind a window."""
     shown, errors = io.StringIO(), []
 
     def call():
         try:
-            study.run(lambda: draw_saved(saved, monkeypatch, "--data", split_flowers))
+            study.run(lambda: draw_saved(saved, monkeypatch, "--data", three_photos))
         except BaseException as error:
             errors.append(error)
 
