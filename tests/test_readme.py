@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 
 @pytest.mark.parametrize("script", [create_train_val_test, study])
 def test_the_readme_holds_the_options_that_help_prints(script, monkeypatch, capsys):
+    # Usage begins with the program's name, which argparse reads from there alone.
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--help"])
     monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit):
