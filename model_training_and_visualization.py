@@ -2711,14 +2711,16 @@ class Checkpoints(keras.callbacks.Callback):
         return self.folder / f"{self.run_name}_epoch_{epoch:03}.keras"
 
     def on_train_begin(self, logs=None):
-        if self.watched and not self.looks["heatmaps"]:
-            self.looks = self._looks_now()
+        if self.watched:
+            self.network = Network(self.model)
+            if not self.looks["heatmaps"]:
+                self.looks = self._looks_now()
 
     def _looks_now(self):
         """The looks so far, and those of now."""
         if self.watched is None:
             return self.looks
-        found = heatmaps_of(Network(self.model), *self.watched)
+        found = heatmaps_of(self.network, *self.watched)
         probabilities = [round(probability, 4) for probability, _ in found]
         heatmaps = [np.round(heatmap, 5).tolist() for _, heatmap in found]
         return {
