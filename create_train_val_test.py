@@ -43,14 +43,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
-
 SPLITS = ("train", "validation", "test")
 # With fewer photos of a class in validation or test, one is over ten percent of its accuracy.
 FEW = 10
 THUMBNAIL = 32  # pixels, the side of what copies are found by
-WAITING = "waiting"  # the folder in which photos wait for their split until copies are found
+BUILDING = ".split.building"  # the hidden folder in which a split is built
+WAITING = "waiting"  # the folder in it where photos wait for their split until copies are found
 
 
 def main(options):
@@ -72,6 +70,42 @@ def main(options):
     report(photos, classes, options)
     show_next_step(options.output)
 
+
+# ---- Options, which are read before NumPy loads: --help need not wait ----------------------------
+
+
+def parse_options(words=None):
+    """The options of the command line, or of these words. Ends the process where they are wrong."""
+    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    add = parser.add_argument
+    folder, size = {"type": Path, "metavar": "DIR"}, {"type": _share, "metavar": "SHARE"}
+    source = "one folder of photos per class (default: flowers)"
+    add("source", nargs="?", type=Path, default="flowers", metavar="SOURCE", help=source)
+    add("--output", **folder, default=".", help="where the three folders go (default: here)")
+    add("--val-size", **size, default=0.15, help="of the photos (default: 0.15)")
+    add("--test-size", **size, default=0.2, help="of what validation leaves (default: 0.2)")
+    seed = "another seed, another split (default: 0)"
+    add("--seed", type=int, default=0, metavar="N", help=seed)
+    copies = "what are copies: what looks the same, or the same bytes only (default: similar)"
+    add("--copies", choices=("similar", "identical"), default="similar", help=copies)
+    add("--overwrite", action="store_true", help="replace the split that is in DIR")
+    add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
+    add("--link", action="store_true", help="make hard links instead of copies")
+    return parser.parse_args(words)
+
+
+def _share(word):
+    if not 0.01 <= float(word) <= 0.99:
+        raise argparse.ArgumentTypeError(f"{word} is none from 0.01 to 0.99, such as 0.15")
+    return float(word)
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options()
+
+import numpy as np  # noqa: E402
+from PIL import Image, ImageOps, PngImagePlugin  # noqa: E402
 
 # ---- The files of SOURCE -------------------------------------------------------------------------
 
@@ -118,7 +152,8 @@ def list_files(source):
         # The Kaggle download once held the whole set a second time, as flowers/flowers.
         nested = [name for name in folders if len(folders.keys() & folders[name]) >= 2]
         classes = [name for name in folders if name not in nested]
-        photos = [Photo(name) for name in _names_in(source) if name not in classes]
+        names = _in_order(path.name for path in source.iterdir())
+        photos = [Photo(name) for name in names if name not in classes]
         for photo in photos:
             is_nested = photo.source in nested
             photo.problem = "is a nested copy of the whole set" if is_nested else "is in no class"
@@ -145,26 +180,23 @@ def copy_photos(photos, building, options):
         pass
 
 
-def _names_in(folder):
-    """The names of all that is in a folder, in an order that depends on no locale."""
-    return sorted((path.name for path in folder.iterdir()), key=raw_name)
-
-
 def _photos_in(source, below, class_name):
     """A Photo for every file of the class in source/below; those of one folder there stay together.
 
     A link to a folder is not followed, as it may lead in a circle.
     """
-    photos, folders = [], class_folders(source / below)
-    for name in _names_in(source / below):
-        place = f"{below}/{name}"
-        if name in folders and not (source / place).is_symlink():
-            files = (path for path in (source / place).rglob("*") if not path.is_dir())
-            names = sorted((path.relative_to(source).as_posix() for path in files), key=raw_name)
-            photos += [Photo(file, class_name, place) for file in names]
-        else:
-            photos.append(Photo(place, class_name))
+    paths = (source / below).rglob("*")
+    files = [path for path in paths if path.is_symlink() or not path.is_dir()]
+    photos = []
+    for place in _in_order(path.relative_to(source).as_posix() for path in files):
+        folder, slash, _ = place.removeprefix(f"{below}/").partition("/")
+        photos.append(Photo(place, class_name, f"{below}/{folder}" if slash else ""))
     return photos
+
+
+def _in_order(names):
+    """Names sorted in an order that depends on no locale."""
+    return sorted(names, key=raw_name)
 
 
 def _refuse_what_is_no_set_of_classes(source, classes, folders):
@@ -207,8 +239,8 @@ def _examine(photo, source):
     try:
         if any(map(is_hidden, Path(photo.source).parts)):
             raise ValueError("is hidden")
-        if path.is_file() and not is_photo(path):
-            raise ValueError(f"is of type {path.suffix or 'none'} and holds no photo")
+        if path.is_file() and not is_photo(path):  # such as a film, which need not be read
+            raise ValueError(NO_PHOTO)
         data = _read_bytes(path)
         photo.sha256 = hashlib.sha256(data).hexdigest()
         grey, photo.note = decode(data, at_least=2 * THUMBNAIL, mode="L")
@@ -239,22 +271,27 @@ def outlines(thumbnails):
     """
     fine, coarse = _blur(1.5), _blur(4)
     grey = thumbnails.astype(np.float32)
-    found = fine @ grey @ fine.T - coarse @ grey @ coarse.T
-    lengths = np.linalg.norm(found, axis=(1, 2), keepdims=True)
-    return found / np.maximum(lengths, 1e-3)
+    return _of_length_1(fine @ grey @ fine.T - coarse @ grey @ coarse.T)
 
 
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
-    for one, others, turns in _correlated(found):
-        tangents, closeness = _tangents(found[one]), np.zeros(len(others))
-        for turn in set(turns.tolist()):
-            basis = turned(tangents, turn).reshape(7, -1)
-            closeness[turns == turn] = np.linalg.norm(basis @ flat[others[turns == turn]].T, axis=0)
-        best = np.argsort(-closeness, kind="stable")[:REACH]
-        best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
-        pairs += [(one, int(others[index]), int(turns[index])) for index in best]
+    coarse = _of_length_1(found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4)))
+    flat_coarse = coarse.reshape(len(found), -1)
+    for one, outline in enumerate(found):
+        views = in_all_turns(coarse[one]).reshape(8, -1)
+        correlations = views @ flat_coarse[one + 1 :].T  # (8, n - one - 1)
+        others = one + 1 + np.flatnonzero((correlations >= MIN_OUTLINE_CORRELATION).any(axis=0))
+        if len(others):
+            tangents = in_all_turns(_tangents(outline)).reshape(8, -1, flat.shape[1])
+            closeness = np.linalg.norm(tangents @ flat[others].T, axis=1)  # (8, others)
+            best = np.argsort(-closeness, axis=None, kind="stable")[:REACH]
+            best = best[closeness.flat[best] >= MIN_TANGENT_CORRELATION]
+            turns, places = np.unravel_index(best, closeness.shape)
+            pairs += [
+                (one, *pair) for pair in zip(others[places].tolist(), turns.tolist(), strict=True)
+            ]
     return pairs
 
 
@@ -357,37 +394,21 @@ def _blur(sigma):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _correlated(found):
-    """Yield (one, others, turns): the later ones that it correlates with when it is turned so."""
-    small = found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
-    lengths = np.linalg.norm(small, axis=(1, 2), keepdims=True)
-    small = small / np.maximum(lengths, 1e-3)
-    flat = small.reshape(len(small), -1)
-    for start in range(0, len(small), 256):
-        likely = []
-        for turn in range(8):
-            block = turned(small[start : start + 256], turn).reshape(-1, flat.shape[1])
-            correlations = block @ flat[start:].T
-            places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
-            rows, others = np.divmod(places, correlations.shape[1])
-            is_later = others > rows  # each pair once, and no photo with itself
-            likely.append((rows[is_later], others[is_later], np.full(is_later.sum(), turn)))
-        rows, others, turns = map(np.concatenate, zip(*likely, strict=True))
-        order = np.argsort(rows, kind="stable")
-        ones, begins = np.unique(rows[order], return_index=True)
-        for one, places in zip(ones.tolist(), np.split(order, begins)[1:], strict=True):
-            yield start + one, start + others[places], turns[places]
+def _of_length_1(pictures):
+    """(n, side, side) pictures, so scaled that the product of two is their correlation."""
+    lengths = np.linalg.norm(pictures, axis=(1, 2), keepdims=True)
+    return pictures / np.maximum(lengths, 1e-3)
 
 
 def _tangents(outline):
-    """What a (16, 16) outline becomes when shifted, turned or stretched a little: (7, 16, 16).
+    """What a (16, 16) outline becomes when shifted, enlarged or turned a little: (5, 16, 16).
 
-    The seven are of length 1 and at right angles. The length of another outline's projection on
+    The five are of length 1 and at right angles. The length of another outline's projection on
     them is its correlation with the most similar of all that they add up to.
     """
     down, right = np.gradient(outline)
     y, x = np.mgrid[-1:1:16j, -1:1:16j].astype(np.float32)
-    moved = [outline, down, right, y * down, x * down, y * right, x * right]
+    moved = [outline, down, right, y * down + x * right, x * down - y * right]
     basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(-1, len(moved)))
     return basis.T.reshape(len(moved), *outline.shape)
 
@@ -436,24 +457,18 @@ def assign_splits(photos, classes, options):
 
 def _too_small(name, usable, groups, left_out, options):
     """The message for a class that cannot fill three splits."""
-    needed = next(
-        count
-        for count in itertools.count(3)
-        if all(split_sizes(count, options.val_size, options.test_size).values())
+    sizes = (split_sizes(n, options.val_size, options.test_size) for n in itertools.count())
+    needed = next(sum(size.values()) for size in sizes if all(size.values()))
+    lack = f"has {len(usable)} usable photos; three splits need {needed}"
+    missing = needed - len(usable)
+    if missing <= 0:
+        lack = f"its {len(usable)} photos are only {len(groups)} groups of copies and folders"
+        missing = len(SPLITS) - len(groups)
+    example = printable(f" {left_out[0].source}: {left_out[0].problem}." if left_out else "")
+    return (
+        f"class {printable(name)}: {lack}, so {missing} more.{example}\nAdd photos to it, remove "
+        "it, or choose larger --val-size and --test-size, or --copies identical."
     )
-    ways = ["Add photos to it", "remove it"]
-    if len(usable) < needed:
-        lack = f"has {len(usable)} usable photos; three splits need {needed}, "
-        lack += f"so {needed - len(usable)} more."
-        ways.append("choose larger --val-size and --test-size")
-    else:
-        lack = f"its {len(usable)} photos are only {len(groups)} groups of copies and folders; "
-        lack += f"three splits need {len(SPLITS)}, so {len(SPLITS) - len(groups)} more."
-    if left_out:
-        lack += printable(f" {left_out[0].source}: {left_out[0].problem}.")
-    if options.copies == "similar" and any(len(photo.copies) > 1 for photo in usable + left_out):
-        ways.append("count only identical files as copies with --copies identical")
-    return f"class {printable(name)}: {lack}\n{', '.join(ways[:-1])}, or {ways[-1]}."
 
 
 # ---- All or nothing ------------------------------------------------------------------------------
@@ -462,7 +477,6 @@ def _too_small(name, usable, groups, left_out, options):
 # the rest into place. All old folders leave before the first new one comes, so that old and new
 # never stand side by side.
 
-BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
 
 
@@ -470,8 +484,8 @@ def refuse_overlap(source, classes, output):
     """Raise Stop if the splits would land among the source's photos or take their place."""
 
     def inside(path, folder):  # compared as files, as some systems take "Flowers" for "flowers"
-        parts = [part for part in (path.resolve(), *path.resolve().parents) if part.exists()]
-        return folder.exists() and any(part.samefile(folder) for part in parts)
+        places = (path.resolve(), *path.resolve().parents)
+        return any(p.samefile(folder) for p in places if p.exists() and folder.exists())
 
     place = printable(output)
     if inside(output, source):
@@ -644,11 +658,6 @@ def report(photos, classes, options):
 
 def show_next_step(output):
     """Print the command that trains on the split."""
-    # Where Keras keeps InceptionV3's weights without the top once they are downloaded.
-    weights = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
-    keras_home = os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras"))  # noqa: PTH111
-    if not Path(keras_home, "models", weights).exists():
-        print("ImageNet's weights (88 MB) are downloaded first; --quick can do without them.")
     training = beside_this_script("model_training_and_visualization.py")
     print(f"Next: {pasteable('python', training, '--data', output)}")
 
@@ -718,7 +727,8 @@ def run(main):
     _open_missing_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a photo is said by name
     try:
-        with _unwound_by_sigterm():
+        # SIGTERM unwinds as Ctrl-C does, so that what is half written is removed.
+        with _on_signals([signal.SIGTERM], lambda *_: sys.exit(143)):
             result = main()
             sys.stdout.flush()
         return result
@@ -757,33 +767,25 @@ def _open_missing_streams():
 
 
 @contextlib.contextmanager
-def _unwound_by_sigterm():
-    """Let SIGTERM unwind the block as Ctrl-C does, so that what is half written is removed."""
+def _on_signals(numbers, handler):
+    """Let `handler` take these signals during the block, if they can interrupt this thread."""
     if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        if before is not None:  # which no Python code has set, and none can set again
-            signal.signal(signal.SIGTERM, before)  # as the process of a notebook lives on
+        for number, earlier in before.items():  # as the process of a notebook lives on
+            signal.signal(number, earlier or signal.SIG_DFL)  # none if no Python code has set it
 
 
 @contextlib.contextmanager
 def ctrl_c_waits():
     """Put Ctrl-C and SIGTERM off to the end of the block, which must not be left half done."""
-    if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
-        yield
-        return
     came = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
-    try:
+    with _on_signals((signal.SIGINT, signal.SIGTERM), lambda number, _: came.append(number)):
         yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler or signal.SIG_DFL)  # none if no Python code has set it
     for number in came[:1]:
         signal.raise_signal(number)
 
@@ -827,16 +829,11 @@ def map_photos(photos, function, description):
 
 # The still pictures that Pillow decodes without starting another program. What is inside counts,
 # whatever the suffix says: web photos often carry a wrong one, or none.
-KNOWN_BY_CONTENT = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "PPM", "JPEG2000", "QOI")
-# A camera's raw file is a TIFF too, of which Pillow would see a stamp; the others have hardly
-# anything to be known by.
-KNOWN_BY_SUFFIX = ("TIFF", "DIB", "TGA", "ICO", "PCX", "SGI")
-PHOTO_FORMATS = KNOWN_BY_CONTENT + KNOWN_BY_SUFFIX
-PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".tif", ".tiff", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".tga", ".qoi", ".ico", ".pcx"),
-    *(".sgi", ".mpo", ".apng"),
+PHOTO_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI", "PSD", "DIB"),
+    *("ICO", "CUR", "ICNS", "DDS", "PCX", "SGI", "SUN", "MSP", "XBM", "XPM", "FITS", "TGA"),
 )
+NO_PHOTO = "holds no photo"
 MAX_PIXELS = 90_000_000  # that are decoded; a JPEG of more is decoded at a smaller scale
 # Pillow refuses what has over twice as many, and may not fit into memory.
 Image.MAX_IMAGE_PIXELS = 250_000_000
@@ -850,13 +847,13 @@ def is_hidden(name):
 
 
 def is_photo(path):
-    """Whether a file has the suffix of a photo, or else begins as one."""
-    if path.suffix.lower() in PHOTO_SUFFIXES:
+    """Whether a file has the suffix of a photo, even if it is damaged, or else begins as one."""
+    if Image.registered_extensions().get(path.suffix.lower()) in PHOTO_FORMATS:
         return True
     try:
         if not path.is_file():  # a FIFO would keep its reader waiting
             return False
-        with Image.open(path, formats=KNOWN_BY_CONTENT):
+        with Image.open(path, formats=PHOTO_FORMATS):
             return True
     except Exception:  # each of Pillow's decoders has its own ways to fail
         return False
@@ -864,14 +861,7 @@ def is_photo(path):
 
 def class_folders(folder):
     """The sorted names of the visible folders in `folder`: its classes."""
-
-    def is_folder(entry):
-        try:
-            return entry.is_dir()
-        except OSError:  # a link that leads in a circle
-            return False
-
-    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return [name for name in names if not is_hidden(name)]
 
 
@@ -901,7 +891,7 @@ def decode(data, at_least=None, mode="RGB"):
     except Image.DecompressionBombError:
         reason = f"is too large, over {MAX_PIXELS:,} pixels"
     except Image.UnidentifiedImageError:
-        reason = "is no image that can be read" if data else "is empty"
+        reason = NO_PHOTO if data else "is empty"
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
         reason = f"is damaged or cut off ({error})"
     raise ValueError(reason)
@@ -1022,10 +1012,11 @@ def _remove_partial_files(path):
 # Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
 # likely copies, as it takes a while.
 
-MIN_THUMBNAIL_CORRELATION = 0.84
-# Of the blocks with detail a share may differ, as a watermark covers some, and the others must
-# correlate: more closely where the pictures lie on each other as they are.
-IN_PLACE, ALIGNED = (0.27, 0.955), (0.2, 0.87)
+MIN_THUMBNAIL_CORRELATION = 0.8
+# Of the blocks with detail a share may differ, and the others must correlate: the more closely the
+# larger that share is, as under a watermark.
+AGREEMENT = {0.2: 0.87, 0.3: 0.97}
+IN_PLACE = np.eye(2, 3, dtype=np.float32)  # the map that moves nothing
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 2.0  # grey levels of 255 (standard deviation) of a block that has detail
 WHITE = 250  # from where a brighter copy may have lost its detail
@@ -1048,6 +1039,11 @@ def turned(pictures, turn):
     if turn & 4:
         pictures = pictures.swapaxes(-1, -2)
     return np.ascontiguousarray(pictures)
+
+
+def in_all_turns(pictures):
+    """All eight turns of square pictures (…, side, side): (8, …, side, side)."""
+    return np.stack([turned(pictures, turn) for turn in range(8)])
 
 
 def without_frame(image):
@@ -1075,17 +1071,14 @@ def close_view(path):
 
 
 def align_thumbnails(one, other):
-    """The map of _align for two thumbnails that agree when they are aligned, else None."""
+    """The map of _align for two thumbnails that agree, aligned or as they are, else None."""
     details = [_detail(grey, 0.55, 2) for grey in (one, other)]
-
-    def agreement(warp):
+    for warp in (_align(one, other, IN_PLACE), IN_PLACE):
         inside = _moved(np.full_like(one, 255), warp) == 255
-        return _correlations(details[0][inside], _moved(details[1], warp)[inside])
-
-    in_place = np.eye(2, 3, dtype=np.float32)
-    aligned = _align(one, other, in_place)
-    best = max((in_place, aligned) if aligned is not None else (in_place,), key=agreement)
-    return best if agreement(best) >= MIN_THUMBNAIL_CORRELATION else None
+        agreement = _correlations(details[0][inside], _moved(details[1], warp)[inside])
+        if agreement >= MIN_THUMBNAIL_CORRELATION:
+            return warp
+    return None
 
 
 def look_closer(one, other, start):
@@ -1098,24 +1091,19 @@ def look_closer(one, other, start):
 
     one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
     grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
-
-    def compare(warp, limits):
+    scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
+    for warp in (IN_PLACE, _align(grey_one, grey_other, start * scale)):
         inside = _moved(np.full_like(grey_one, 255), warp) == 255
-        is_same = _same_detail(grey_one, _moved(grey_other, warp), inside, *limits)
-        return is_same, is_same and _same_colours(one, _moved(other, warp), inside)
-
-    result = compare(np.eye(2, 3, dtype=np.float32), IN_PLACE)
-    if not result[0]:
-        scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
-        warp = _align(grey_one, grey_other, start * scale)
-        result = result if warp is None else compare(warp, ALIGNED)
-    return result
+        if _same_detail(grey_one, _moved(grey_other, warp), inside):
+            return True, _same_colours(one, _moved(other, warp), inside)
+    return False, False
 
 
 def _align(one, other, start):
     """The (2, 3) affine map by which one square grey picture shows what the other one shows.
 
-    The search begins at `start`. None if it fails, or would stretch or turn too much.
+    The search begins at `start`, which is the answer if it fails, or would stretch or turn too
+    much.
     """
     import cv2
 
@@ -1123,10 +1111,10 @@ def _align(one, other, start):
     try:
         _, warp = cv2.findTransformECC(one, other, start.copy(), cv2.MOTION_AFFINE, until, None, 5)
     except cv2.error:  # it does not converge, as where one of them is plain
-        return None
+        return start
     is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
     overlap = _moved(np.full_like(one, 255), warp).mean() / 255
-    return warp if is_near and overlap >= MIN_OVERLAP else None
+    return warp if is_near and overlap >= MIN_OVERLAP else start
 
 
 def _moved(picture, warp):
@@ -1137,11 +1125,10 @@ def _moved(picture, warp):
     return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
 
 
-def _same_detail(one, other, inside, share, least):
+def _same_detail(one, other, inside):
     """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures.
 
-    inside: where both are, as (128, 128) bool; share: of the blocks that may differ; least: the
-    correlation of the others.
+    inside: where both are, as (128, 128) bool.
     """
     first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
     contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
@@ -1150,7 +1137,8 @@ def _same_detail(one, other, inside, share, least):
     if has_detail.sum() < MIN_BLOCKS:
         return False
     correlations = _correlations(first[has_detail], second[has_detail])
-    return bool(np.quantile(correlations, share) >= least)
+    quantiles = np.quantile(correlations, list(AGREEMENT))
+    return bool((quantiles >= list(AGREEMENT.values())).any())
 
 
 def _detail(grey, fine, coarse):
@@ -1189,53 +1177,5 @@ def _same_colours(one, other, inside):
     return bool(_correlations(*tints) >= MIN_TINT_CORRELATION)
 
 
-# ---- Options -------------------------------------------------------------------------------------
-
-
-def parse_options(words=None):
-    """Read and check the command line, or the words of one."""
-    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
-    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="?",
-        type=Path,
-        default="flowers",
-        metavar="SOURCE",
-        help="one folder of photos per class (default: flowers)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=".",
-        metavar="DIR",
-        help="where the three folders go (default: here)",
-    )
-    add("--val-size", type=float, default=0.15, help="share of the photos (default: 0.15)")
-    add(
-        "--test-size",
-        type=float,
-        default=0.2,
-        help="share of what validation leaves (default: 0.2)",
-    )
-    add("--seed", type=int, default=0, help="another seed, another split (default: 0)")
-    add(
-        "--copies",
-        choices=("similar", "identical"),
-        default="similar",
-        help="what are copies: what looks the same, or the same bytes only (default: similar)",
-    )
-    add("--overwrite", action="store_true", help="replace the split that is in DIR")
-    add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
-    add("--link", action="store_true", help="make hard links instead of copies")
-    options = parser.parse_args(words)
-    for option, size in (("--val-size", options.val_size), ("--test-size", options.test_size)):
-        if not 0.01 <= size <= 0.99:
-            remedy = "Choose one from 0.01 to 0.99, such as 0.15."
-            raise Stop(f"{option} {size}: is no share of the photos.\n{remedy}")
-    return options
-
-
 if __name__ == "__main__":
-    run(lambda: main(parse_options()))
+    run(partial(main, OPTIONS))
