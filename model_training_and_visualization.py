@@ -120,6 +120,7 @@ BLOCKS = [f"mixed{number}" for number in range(11)]  # InceptionV3's, from the p
 # What a model can take for a photo's 0–255; the last three are the modes of Keras's
 # preprocess_input: −1 to 1, BGR less ImageNet's mean, and normalized by its mean and deviation.
 PIXELS = ("0..255", "0..1", "tf", "caffe", "torch")
+PIXELS_OF_COLOURS = ("caffe", "torch")  # which a model of grey photos cannot take
 
 
 def parse_options(words=None):
@@ -775,16 +776,16 @@ class Evaluation:
         return not self.is_multi_label and self.accuracy <= self.chance
 
 
-def differ_in_size(counts):
-    """Whether the largest of classes with so many photos has more than twice the smallest's."""
-    return max(counts) > 2 * min(counts)
-
-
 def predicted_classes(probabilities, is_multi_label=False):
     """(n, classes) booleans: the most probable class; in a multi-label model all from 0.5 up."""
     if is_multi_label:
         return probabilities >= 0.5
     return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
+
+
+def most_probable(probabilities):
+    """The class indices of (…, classes), most probable first; of equal ones in order, as argmax."""
+    return np.argsort(-probabilities, axis=-1, kind="stable")
 
 
 def doubt(probabilities, labels, is_multi_label=False):
@@ -811,63 +812,6 @@ def example_order(evaluation):
     return [most_confident, *(index for index in by_doubt if index != most_confident)]
 
 
-def evaluation_report(evaluation):
-    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused.
-
-    Of a multi-label model, which may name several classes or none, only what has a meaning then.
-    """
-    names = evaluation.class_names
-    width = max(5, *map(len, names))
-    measured = f" accuracy {evaluation.accuracy:.4f}  ({accuracy_text(evaluation)})"
-    if evaluation.is_multi_label:
-        measured = "(each class by itself, called so from 0.5 up)"
-    lines = [f"Test: loss {evaluation.loss:.4f} {measured}"]
-    lines.append(f"{'class':{width}}  precision  recall  photos")
-    columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
-    for name, precision, recall, count in columns:
-        precision, recall = share_text(precision), share_text(recall)
-        lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
-    if not evaluation.is_multi_label:
-        lines.append(most_confused(evaluation.confusion, names))
-        error = calibration_error(evaluation)
-        lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
-    if evaluation.is_no_better_than_chance:
-        remedy = "train longer, on more photos"
-        lines.append(f"Warning: this accuracy is no better than chance; {remedy}.")
-    return "\n".join(lines)
-
-
-def accuracy_text(evaluation):
-    """The accuracy and how sure it is: "95 % of 170 test photos (91 to 98 %)"."""
-    low, high = evaluation.accuracy_interval
-    count = len(evaluation.labels)
-    text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
-    text += f" ({100 * low:.0f} to {percent(high)})"
-    if differ_in_size(evaluation.photos):
-        text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
-    return text
-
-
-def share_text(share):
-    """A share in two digits, or a dash where there is none (nan)."""
-    return "—" if np.isnan(share) else f"{share:.2f}"
-
-
-def most_confused(confusion, names):
-    """A sentence on the two classes most often taken for each other, or on all pairs that tie."""
-    mutual = np.triu(confusion + confusion.T, 1)
-    if not mutual.any():
-        return "No class is taken for another."
-    pairs = np.argwhere(mutual == mutual.max())
-    named = ", ".join(f"{names[one]} and {names[other]}" for one, other in pairs[:3])
-    if len(pairs) > 3:
-        named += f" and {len(pairs) - 3} more pairs"
-    photos = mutual.max()
-    if len(pairs) == 1:
-        return f"Most confused: {named}, {photos} of {confusion[pairs[0]].sum()} photos."
-    return f"Most confused: {named}, {photos} {'photo' if photos == 1 else 'photos'} each."
-
-
 def reliability(evaluation):
     """How often the model is right when it is so sure: (CONFIDENCE_BINS, 3).
 
@@ -889,15 +833,6 @@ def calibration_error(evaluation):
     """
     counts, confidences, right = reliability(evaluation).T
     return float(np.abs(confidences - right).sum() / counts.sum())
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that was drawn: a file in the output folder, and what it shows."""
-
-    file: str
-    caption: str
-    sheet: dict | None = None  # where its tiles lie, for the page; see sheet_facts
 
 
 def draw_evaluation(output, evaluation, record=None):
@@ -933,7 +868,8 @@ def _shares(counts, totals):
 # layer, `compute` to differentiate them, all `convolutions` (each with its `layer`, whose output is
 # raw, and its `activation`, the layer whose output tells whether a filter fires), the
 # `receptive_fields` (where a position looks, in pixels), and the `heatmap_layer`, the last layer
-# with positions.
+# with positions. What it finds in many photos is their Survey, and what it says of one of them and
+# where it looks an Explanation: both are there, too.
 
 # Blue for negative activations, black for 0, red to yellow for positive ones.
 ACTIVATION_COLOURS = LinearSegmentedColormap.from_list(
@@ -1349,12 +1285,10 @@ def draw_examples(output, network, patterns, peaks, paths):
 # positions lie, and judged by deletion: how far the probability falls when what it marks is blurred
 # away, beside a part of the same size in the middle of the photo, the control.
 
-ALL_CLASSES = 10  # so many classes have all a heatmap of each photo; of more,
-PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 DELETION_MARGIN = 0.01  # probabilities that differ by less are called the same
-PLACES = 6  # rows and columns of a photo's places that are covered one by one
+PLACES = 8  # rows and columns of a photo's places that are covered one by one
 HEATMAP_COLOURS = "inferno"  # from black to yellow: brighter is more, also for colour-blind eyes
-EPOCHS_SHOWN = 8  # of these
+EPOCHS_SHOWN = 8  # at most, of the training
 
 
 def grad_cam(model, photo, layer_name, class_index):
@@ -1525,124 +1459,6 @@ def centred_blob(size):
     return -np.hypot(rows - (size[0] - 1) / 2, columns - (size[1] - 1) / 2)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """A photo, what the model predicts for it, and where it looks for the classes in question."""
-
-    name: str
-    photo: np.ndarray  # (height, width, 3) uint8 RGB
-    pixels: np.ndarray  # the same, as the model sees it
-    class_names: list  # as they are printed
-    probabilities: np.ndarray  # (classes,)
-    true_index: int | None  # None: not known
-    # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
-    uncut: dict
-    of_all_blocks: np.ndarray | None = None  # see heatmap_of_all_blocks; None where not asked for
-    deletions: tuple = ()  # of the heatmap, and of that of all blocks; none where it is empty
-    is_multi_label: bool = False
-
-    @property
-    def class_index(self):
-        """The class explained: the true one, or where that is not known the predicted one."""
-        return int(self.probabilities.argmax()) if self.true_index is None else self.true_index
-
-    @property
-    def contrast_index(self):
-        """The most probable of the other classes: of a mistake, the predicted class."""
-        ranking = most_probable(self.probabilities)
-        return int(ranking[ranking != self.class_index][0])
-
-    @property
-    def heatmap(self):
-        """The (h, w) heatmap of the class explained, at the model's last layer with positions."""
-        *_, at_last_layer = self.uncut.values()
-        return np.maximum(0, at_last_layer[self.class_index])
-
-    @property
-    def class_name(self):
-        return self.class_names[self.class_index]
-
-    @property
-    def contrast_name(self):
-        return self.class_names[self.contrast_index]
-
-    @property
-    def is_mistake(self):
-        if self.true_index is None:
-            return False
-        (predicted,) = predicted_classes(self.probabilities[None], self.is_multi_label)
-        return not predicted[self.true_index]
-
-    @property
-    def verdict(self):
-        known = (self.class_names, self.probabilities, self.true_index, self.is_multi_label)
-        return verdict(*known)
-
-
-def most_probable(probabilities):
-    """The class indices of (…, classes), most probable first; of equal ones in order, as argmax."""
-    return np.argsort(-probabilities, axis=-1, kind="stable")
-
-
-def classes_in_question(probabilities, labels):
-    """(n, k) class indices for each photo: of up to ALL_CLASSES all, the most probable first; of
-    more the PROBABLE_CLASSES most probable, then the true one.
-
-    labels: true class indices; where one is -1, not known, the most probable stands for it.
-    """
-    ranking = most_probable(probabilities)
-    if ranking.shape[1] <= ALL_CLASSES:
-        return ranking
-    probable = ranking[:, :PROBABLE_CLASSES]
-    return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
-
-
-def verdict(class_names, probabilities, true_index, is_multi_label=False):
-    """What the model says of a photo and, where that is known (not None), what is true."""
-    ranking = most_probable(probabilities)
-    first, second = ranking[:2]
-    named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
-    said = f"It says {named[first]}"
-    if is_multi_label:
-        (predicted,) = predicted_classes(probabilities[None], is_multi_label)
-        several = [k for k in ranking[:5] if predicted[k]]
-        listed = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
-        said = f"It says {listed or f'none of its classes; {named[first]}'}"
-        if true_index in several:
-            return f"{said}; its class is {class_names[true_index]}"
-    elif true_index is None:
-        return f"{said}; {named[second]}"
-    elif first == true_index:
-        return f"{said}, and is right"
-    if true_index is None:
-        return said
-    share = percent(probabilities[true_index])
-    return f"{said}; its class is {class_names[true_index]}, {share}"
-
-
-def deletion_caption(explanation, number=0):
-    """A Deletion in words, that of the heatmap, or that of its number among the deletions."""
-    name = explanation.class_name
-    if not explanation.deletions:
-        return f"Nothing speaks for {name}: the heatmap is empty."
-    deletion = explanation.deletions[number]
-    _, without_hottest, without_central = deletion
-    # A heatmap is worth something if more is lost with what it marks than with the middle.
-    judgement = "No better than a guess here."
-    if without_hottest < without_central - DELETION_MARGIN:
-        judgement = "Better than a guess here."
-    elif without_hottest < without_central + DELETION_MARGIN:
-        judgement = "The same as a guess here."
-    part = "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
-    # A third digit where two would hide which of them is lower.
-    digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
-    before, hottest, central = (f"{it:.{digits}f}" for it in deletion)
-    return (
-        f"Without the hottest {part}: P({name}) {before} → {hottest}; "
-        f"without a central {part}: {central}. {judgement}"
-    )
-
-
 def draw_heatmaps(output, network, explanations):
     """Draw for each photo the photo, its heatmap and the overlay: [Picture]."""
     layer = network.heatmap_layer
@@ -1722,17 +1538,6 @@ def draw_mistakes(output, network, explanations):
     label = f"Grad-CAM at {layer}; 0: nothing"
     save_panels(output / "CAM_mistakes.jpg", rows, caption, label, norm, ACTIVATION_COLOURS)
     return [Picture("CAM_mistakes.jpg", caption)]
-
-
-def heatmaps_of(network, photos, labels):
-    """[(probability, (h, w) heatmap)] of the true classes of (n, height, width, 3) photos."""
-    last = network.heatmap_layer
-    (feature_maps,) = network.compute(photos, [last])
-    from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    _, logits = from_features(feature_maps)
-    probabilities = network.to_probabilities(logits).numpy()[np.arange(len(labels)), labels]
-    (uncut,) = uncut_grad_cam(from_features, feature_maps, labels[:, None])
-    return list(zip(probabilities.tolist(), np.maximum(0, uncut[:, 0]), strict=True))
 
 
 def draw_learning(output, network, record):
@@ -1933,26 +1738,18 @@ def draw_concepts(output, survey):
     labels, rows = [], []
     for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN]:
         name = survey.class_names[class_index]
-        for concept, part, fall in class_concepts(survey, class_index):
-            labels.append(f"{name}\nconcept {concept}\n{percent(part)}\nlogit {-fall:+.1f}")
+        for concept, share, fall in class_concepts(survey, class_index):
+            labels.append(f"{name}\nconcept {concept}\n{percent(share)}\nlogit {-fall:+.1f}")
             rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
     if not rows:
         return []
     caption = (
         "What speaks for each class: its strongest concepts, each in the photos that hold most\n"
-        "concept, its part of all that speaks for the class, the change of the logit without it\n"
+        "concept, its share of all that speaks for the class, the change of the logit without it\n"
         f"{concept_truth(survey.concepts)}"
     )
     save_rows(output / "concepts.jpg", labels, rows, caption)
     return [Picture("concepts.jpg", caption)]
-
-
-def concept_truth(found):
-    """How far the concepts stand for the model, in words."""
-    count, photos = found.maps.shape[-1], len(found.maps)
-    alone = f"with them alone {percent(found.kept)} of {photos} photos keep their class"
-    warning = "" if found.kept >= CONCEPTS_KEEP else ", so they tell only a part"
-    return f"{count} concepts; {alone}{warning}"
 
 
 def draw_photo_concepts(output, survey, number):
@@ -1970,16 +1767,16 @@ def draw_photo_concepts(output, survey, number):
     photo = survey.network.read_photo(survey.paths[number])
     labels, rows = ["the photo"], [[(in_square(photo, PATCH_SIDE), "")]]
     for class_index, concepts_of_class in strongest.items():
-        for concept, part in concepts_of_class:
+        for concept, share in concepts_of_class:
             name = survey.class_names[class_index]
-            labels.append(f"for {name}\nconcept {concept}\n{percent(part)}")
+            labels.append(f"for {name}\nconcept {concept}\n{percent(share)}")
             known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
             here, _ = _lit(survey, number, concept)
             rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
-    (concept, part), *_ = strongest[predicted]
+    (concept, share), *_ = strongest[predicted]
     says = survey.class_names[predicted]
     caption = (
-        f"{survey.name(number)}: it says {says}, as {percent(part)} of what speaks for {says} is "
+        f"{survey.name(number)}: it says {says}, as {percent(share)} of what speaks for {says} is "
         f"concept {concept}\n"
         "where each concept lies in this photo, and in those that hold most of it\n"
         f"{concept_truth(survey.concepts)}"
@@ -2067,10 +1864,7 @@ def _lit(survey, number, concept):
 # One pass over all photos, the survey, finds what the model says of each, where it looks, and where
 # each filter fires most. Evaluation, examples and page are taken from it.
 
-
-EXAMPLES = 4  # photos of known class that are explained
-EXAMPLES_SHOWN = 3  # of these, in a picture of their own each, where there are no own photos
-PHOTOS_AT_ONCE = 32  # in the survey
+EXAMPLES_SHOWN = 3  # photos of known class with a picture each, where there are no own photos
 
 
 def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXELS[0], **settings):
@@ -2088,152 +1882,6 @@ def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXE
     survey = survey_photos(network, photos, labels, class_names, seed=seed)
     warn_of_pixels(survey, "The model", 'pixels="{}"')
     draw_survey(survey, output, seed=seed, **settings)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one pass over n photos found: first those of unknown class, the user's own.
-
-    The k classes of a photo that have a heatmap begin with the two most probable ones.
-    """
-
-    network: object  # a Network
-    extract: object  # see traced_extractor
-    class_names: list  # as they are printed
-    paths: list
-    read: object  # see photo_reader
-    labels: np.ndarray  # (n,) true class indices, -1 where not known
-    probabilities: np.ndarray  # (n, classes)
-    classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
-    uncut: np.ndarray  # (n, k, h, w) uncut Grad-CAM at the model's last layer with positions
-    concepts: Concepts  # found in the sample
-    concept_maps: np.ndarray  # (n, h, w, concepts) how strong each is
-    concept_shares: np.ndarray  # (n, k, concepts) what each adds to the logits of these classes
-    sample: np.ndarray  # the numbers of up to CONCEPT_PHOTOS photos
-    sample_features: np.ndarray  # (sample, h, w, channels), at that last layer
-    features: np.ndarray  # (n, channels), the means of that layer's feature maps
-    peaks: dict  # {layer: Peaks of its first filters}
-
-    @cached_property
-    def class_indices(self):
-        """(n,) the true class of each photo, or where that is not known the predicted one."""
-        return np.where(self.labels < 0, self.probabilities.argmax(1), self.labels)
-
-    @cached_property
-    def own_count(self):
-        """How many of the photos, the first ones, are of unknown class."""
-        return int((self.labels < 0).sum())
-
-    @cached_property
-    def evaluation(self):
-        """The Evaluation of the photos whose class is known; None without any."""
-        known = slice(self.own_count, None)
-        if self.own_count == len(self.paths):
-            return None
-        of_known = self.labels[known], self.probabilities[known]
-        return Evaluation(self.class_names, *of_known, self.network.is_multi_label)
-
-    def predict(self, photos):
-        """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
-        network, last = self.network, self.network.heatmap_layer
-        found = []
-        for some in batched(photos, PHOTOS_AT_ONCE):
-            feature_maps, *_ = self.extract(some)
-            (logits,) = network.compute(feature_maps, [LOGITS], start=last)
-            found.append(network.to_probabilities(logits).numpy())
-        return np.concatenate(found)
-
-    def uncut_of(self, number):
-        """{class index: (h, w) uncut Grad-CAM} of a photo at the last layer with positions."""
-        return dict(zip(self.classes[number].tolist(), self.uncut[number], strict=True))
-
-    def name(self, number):
-        """The name of a photo as it is shown, that of a test photo with its folder."""
-        parts = self.paths[number].parts[-1 if self.labels[number] < 0 else -2 :]
-        return printable("/".join(parts))
-
-
-def survey_photos(network, photos, labels, class_names, read=None, seed=0):
-    """The Survey of photos, given as in draw. read: a photo_reader of the network's size.
-
-    seed: chooses the photos in which concepts are looked for.
-    """
-    read = read or photo_reader(network.input_size, network.read_photo)
-    labels = [None] * len(photos) if labels is None else labels
-    labels = np.array([-1 if label is None else label for label in labels], int)
-    own_first = np.argsort(labels >= 0, kind="stable")
-    labels, paths = labels[own_first], [Path(photos[k]) for k in own_first]
-    chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
-    layer_names = [convolution.activation for convolution in chosen]
-    extract = traced_extractor(network, layer_names)
-
-    def features_and_peaks(numbers):
-        pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
-        feature_maps, *activations = extract(pixels)
-        peaks = map(peaks_of, activations)
-        return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
-
-    # The sample comes first: concepts are found in the features of all its photos.
-    sample = _concept_sample(network, labels, seed)
-    others = np.setdiff1d(np.arange(len(paths)), sample)
-    first = batched(sample, PHOTOS_AT_ONCE)
-    kept = [features_and_peaks(numbers) for numbers in first]
-    sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
-    require_finite(sample_features)
-    found = factorize(network, sample_features)
-    surveyed = []
-    for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
-        feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
-        of_batch = _look(network, feature_maps, labels[numbers], found)
-        surveyed.append(of_batch | {"peaks": peaks})
-    back = np.argsort(np.concatenate([sample, others]))
-    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
-    given = (network, extract, list(map(printable, class_names)), paths, read, labels)
-    of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
-    return Survey(*given, **of_sample, **joined)
-
-
-def traced_extractor(network, layer_names):
-    """A function of photos: the last feature maps, and some layers' first filters' activations.
-
-    It is traced, as a graph frees each feature map once the next layers have used it.
-    """
-    photos = tf.TensorSpec((None, *network.input_size, 3))
-    names = [network.heatmap_layer, *layer_names]
-
-    @tf.function(input_signature=[photos], autograph=False)
-    def extract(photos):
-        feature_maps, *activations = network.compute(photos, names, folded=True)
-        return feature_maps, *(it[..., :FILTERS_DRAWN] for it in activations)
-
-    return extract
-
-
-def explain(survey, number, by_block=True):
-    """The Explanation of a photo of a survey, with the deletion score of its heatmap.
-
-    by_block: with heatmaps at the end of each block, too, and that of all blocks.
-    """
-    network, path, label = survey.network, survey.paths[number], int(survey.labels[number])
-    pixels = survey.read(path)
-    of_blocks = _uncut_by_block(survey, number) if by_block else {}
-    explanation = Explanation(
-        name=survey.name(number),
-        photo=network.read_photo(path) if by_block else pixels,
-        pixels=pixels,
-        class_names=survey.class_names,
-        probabilities=survey.probabilities[number],
-        true_index=None if label < 0 else label,
-        uncut=of_blocks | {network.heatmap_layer: survey.uncut_of(number)},
-        is_multi_label=network.is_multi_label,
-    )
-    if not explanation.heatmap.any():
-        return explanation
-    if by_block:
-        heatmap = heatmap_of_all_blocks(network, pixels, explanation.class_index)
-        explanation = replace(explanation, of_all_blocks=heatmap)
-    deletions = deletions_of(network, explanation, survey.predict)
-    return replace(explanation, deletions=tuple(deletions))
 
 
 def draw_survey(
@@ -2260,13 +1908,6 @@ def draw_survey(
         pictures = draw_pictures(output, survey, explained, patterns, record, progress)
         nearest = nearest_photos(survey, training, seed) if training else None
         draw_page(output, survey, explained, pictures, record, command, progress, nearest)
-
-
-def explain_chosen(survey):
-    """{photo number: Explanation} of the own photos, and then of some examples of the others."""
-    examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
-    known = [survey.own_count + index for index in examples]
-    return {k: explain(survey, k) for k in [*range(survey.own_count), *known]}
 
 
 def draw_pictures(output, survey, explained, patterns, record, progress):
@@ -2318,58 +1959,6 @@ def draw_strip(output, network, explanation, patterns):
     overlay = Panel(explanation, title, heatmap)
     save_strip(output / "strip.jpg", Panel(explanation, "a photo"), overlay, middle)
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
-
-
-def _concept_sample(network, labels, seed):
-    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any.
-
-    Fewer where the last layer is so large that their feature maps would fill the memory.
-    """
-    fitting = max(1, CONCEPT_VALUES // math.prod(network.shape(network.heatmap_layer)))
-    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
-    return np.random.default_rng(seed).permutation(known)[: min(CONCEPT_PHOTOS, fitting)]
-
-
-def _look(network, feature_maps, labels, found):
-    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
-    # From the last layer with positions on, which is handed through: nothing before it need be
-    # computed again.
-    last = network.heatmap_layer
-    from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    feature_maps = tf.constant(feature_maps)
-    _, logits = from_features(feature_maps)
-    probabilities = network.to_probabilities(logits).numpy()
-    classes = classes_in_question(probabilities, labels)
-    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
-    uncut = weighted_sum(feature_maps, weights)
-    require_finite(probabilities, uncut)
-    maps = concept_maps(feature_maps.numpy(), found.vectors)
-    return {
-        "probabilities": probabilities,
-        "classes": classes,
-        "uncut": uncut,
-        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
-        "concept_maps": maps,
-        "concept_shares": shares_of_classes(weights, found.vectors, maps),
-    }
-
-
-def _uncut_by_block(survey, number):
-    """{block: {class index: (h, w) uncut Grad-CAM}} of a photo, without the last layer.
-
-    Of its two most probable classes and the true one: each more costs a pass through the model.
-    """
-    network = survey.network
-    *blocks, _ = network.heatmap_layers
-    classes = [*survey.classes[number, :2].tolist(), int(survey.class_indices[number])]
-    classes = list(dict.fromkeys(classes))
-    forward = partial(network.compute, names=[*blocks, LOGITS])
-    photo = tf.constant(survey.read(survey.paths[number])[None], tf.float32)
-    of_blocks = uncut_grad_cam(forward, photo, np.array([classes]))
-    return {
-        block: dict(zip(classes, of_photo, strict=True))
-        for block, (of_photo,) in zip(blocks, of_blocks, strict=True)
-    }
 
 
 def _puzzle(survey, explained):
@@ -2701,7 +2290,7 @@ def first_step(pixels, is_grey):
     """
     if pixels not in PIXELS:
         raise Stop(f"pixels: must be one of {', '.join(PIXELS)}, not {pixels}")
-    if is_grey and pixels in ("caffe", "torch"):
+    if is_grey and pixels in PIXELS_OF_COLOURS:
         raise Stop(f"A model of grey photos has no pixels of the kind {pixels}, which has colours.")
 
     def call(photos):
@@ -3129,6 +2718,17 @@ class Checkpoints(keras.callbacks.Callback):
         raise Stop(f"{message}\nLeave out --resume to start a new run.")
 
 
+def heatmaps_of(network, photos, labels):
+    """[(probability, (h, w) heatmap)] of the true classes of (n, height, width, 3) photos."""
+    last = network.heatmap_layer
+    (feature_maps,) = network.compute(photos, [last])
+    from_features = partial(network.compute, names=[last, LOGITS], start=last)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()[np.arange(len(labels)), labels]
+    (uncut,) = uncut_grad_cam(from_features, feature_maps, labels[:, None])
+    return list(zip(probabilities.tolist(), np.maximum(0, uncut[:, 0]), strict=True))
+
+
 def prepare_libraries():
     """Set what a settings file may say otherwise: a model that is saved so could not be drawn."""
     keras.config.set_image_data_format("channels_last")
@@ -3203,6 +2803,15 @@ SHEET_BORDER = 10  # pixels around a sheet and its title
 TILE_GAP = 2  # pixels around each tile of a sheet
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was drawn: a file in the output folder, and what it shows."""
+
+    file: str
+    caption: str
+    sheet: dict | None = None  # where its tiles lie, for the page; see sheet_facts
+
+
 def tile(pictures, columns, frames=BACKGROUND, gap=TILE_GAP):
     """One sheet of (n, h, w, 3) uint8 pictures in reading order; the last row is filled up.
 
@@ -3263,7 +2872,7 @@ def tiling(path, picture, tiles, columns, left=0, top=0, gap=0):
 class Panel:
     """A photo, or a heatmap on it, in a figure of panels."""
 
-    explanation: Explanation
+    explanation: object  # an Explanation
     title: str = ""
     heatmap: np.ndarray | None = None  # (h, w), over the whole photo
     field: ReceptiveField | None = None  # of its positions: these are shown, without the photo
@@ -3459,10 +3068,14 @@ class Progress(rich.progress.Progress):
         super().__init__(*columns, transient=True, disable=not self.on_terminal)
         self.task = self.add_task("", total=len(PATTERN_CONVOLUTIONS) * FILTERS_DRAWN)
 
+    def say(self, what):
+        """Say what is being done, on a terminal."""
+        self.update(self.task, description=what)
+
     def tell_filters(self, convolution, count, sheet, done):
         """Say how many of the count filters are drawn of a sheet, counted from 0."""
-        what = f"patterns of convolution {convolution.number}, {done}/{count}"
-        self.update(self.task, description=what, completed=sheet * FILTERS_DRAWN + done)
+        self.say(f"patterns of convolution {convolution.number}, {done}/{count}")
+        self.update(self.task, completed=sheet * FILTERS_DRAWN + done)
 
     def tell_pictures(self, pictures):
         """Say that these pictures are drawn, and return them."""
@@ -3472,7 +3085,7 @@ class Progress(rich.progress.Progress):
 
     def tell(self, file):
         """Say that a file is written."""
-        self.update(self.task, description=f"{Path(file).stem} is drawn")
+        self.say(f"{Path(file).stem} is drawn")
         if not self.on_terminal:
             print(file, flush=True)
 
@@ -3584,6 +3197,428 @@ def _text_width(text):
     return width / 72
 
 
+# ---- What is said of photos and models -----------------------------------------------------------
+
+
+def evaluation_report(evaluation):
+    """Loss and accuracy; a line of precision and recall for each class; the pairs most confused.
+
+    Of a multi-label model, which may name several classes or none, only what has a meaning then.
+    """
+    names = evaluation.class_names
+    width = max(5, *map(len, names))
+    measured = f" accuracy {evaluation.accuracy:.4f}  ({accuracy_text(evaluation)})"
+    if evaluation.is_multi_label:
+        measured = "(each class by itself, called so from 0.5 up)"
+    lines = [f"Test: loss {evaluation.loss:.4f} {measured}"]
+    lines.append(f"{'class':{width}}  precision  recall  photos")
+    columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
+    for name, precision, recall, count in columns:
+        precision, recall = share_text(precision), share_text(recall)
+        lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
+    if not evaluation.is_multi_label:
+        lines.append(most_confused(evaluation.confusion, names))
+        error = calibration_error(evaluation)
+        lines.append(f"Expected calibration error: {error:.3f} ({CONFIDENCE_BINS} bins)")
+    if evaluation.is_no_better_than_chance:
+        remedy = "train longer, on more photos"
+        lines.append(f"Warning: this accuracy is no better than chance; {remedy}.")
+    return "\n".join(lines)
+
+
+def accuracy_text(evaluation):
+    """The accuracy and how sure it is: "95 % of 170 test photos (91 to 98 %)"."""
+    low, high = evaluation.accuracy_interval
+    count = len(evaluation.labels)
+    text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
+    text += f" ({100 * low:.0f} to {percent(high)})"
+    if differ_in_size(evaluation.photos):
+        text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
+    return text
+
+
+def share_text(share):
+    """A share in two digits, or a dash where there is none (nan)."""
+    return "—" if np.isnan(share) else f"{share:.2f}"
+
+
+def most_confused(confusion, names):
+    """A sentence on the two classes most often taken for each other, or on all pairs that tie."""
+    mutual = np.triu(confusion + confusion.T, 1)
+    if not mutual.any():
+        return "No class is taken for another."
+    pairs = np.argwhere(mutual == mutual.max())
+    named = ", ".join(f"{names[one]} and {names[other]}" for one, other in pairs[:3])
+    if len(pairs) > 3:
+        named += f" and {len(pairs) - 3} more pairs"
+    photos = mutual.max()
+    if len(pairs) == 1:
+        return f"Most confused: {named}, {photos} of {confusion[pairs[0]].sum()} photos."
+    return f"Most confused: {named}, {photos} {'photo' if photos == 1 else 'photos'} each."
+
+
+def differ_in_size(counts):
+    """Whether the largest of classes with so many photos has more than twice the smallest's."""
+    return max(counts) > 2 * min(counts)
+
+
+def verdict(class_names, probabilities, true_index, is_multi_label=False):
+    """What the model says of a photo and, where that is known (not None), what is true."""
+    ranking = most_probable(probabilities)
+    first, second = ranking[:2]
+    named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
+    said = f"It says {named[first]}"
+    if is_multi_label:
+        (predicted,) = predicted_classes(probabilities[None], is_multi_label)
+        several = [k for k in ranking[:5] if predicted[k]]
+        listed = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
+        said = f"It says {listed or f'none of its classes; {named[first]}'}"
+        if true_index in several:
+            return f"{said}; its class is {class_names[true_index]}"
+    elif true_index is None:
+        return f"{said}; {named[second]}"
+    elif first == true_index:
+        return f"{said}, and is right"
+    if true_index is None:
+        return said
+    share = percent(probabilities[true_index])
+    return f"{said}; its class is {class_names[true_index]}, {share}"
+
+
+def deletion_caption(explanation, number=0):
+    """A Deletion in words, that of the heatmap, or that of its number among the deletions."""
+    name = explanation.class_name
+    if not explanation.deletions:
+        return f"Nothing speaks for {name}: the heatmap is empty."
+    deletion = explanation.deletions[number]
+    _, without_hottest, without_central = deletion
+    # A heatmap is worth something if more is lost with what it marks than with the middle.
+    judgement = "No better than a guess here."
+    if without_hottest < without_central - DELETION_MARGIN:
+        judgement = "Better than a guess here."
+    elif without_hottest < without_central + DELETION_MARGIN:
+        judgement = "The same as a guess here."
+    part = _deleted_part()
+    # A third digit where two would hide which of them is lower.
+    digits = 3 if f"{without_hottest:.2f}" == f"{without_central:.2f}" else 2
+    before, hottest, central = (f"{it:.{digits}f}" for it in deletion)
+    return (
+        f"Without the hottest {part}: P({name}) {before} → {hottest}; "
+        f"without a central {part}: {central}. {judgement}"
+    )
+
+
+def deletion_summary(explanations, which="photos"):
+    """How far the heatmaps of some photos are worth more than a guess, in words.
+
+    which: what these photos are called.
+    """
+    found = np.array([it.deletions[0] for it in explanations if it.deletions])
+    if not len(found):
+        return ""
+    before, without_hottest, without_central = found.T
+    better = np.mean(without_hottest < without_central - DELETION_MARGIN)
+    falls = [np.mean(before - without) for without in (without_hottest, without_central)]
+    part = _deleted_part()
+    return (
+        f"In the mean of {len(found)} {which} the probability falls by {falls[0]:.2f} without the "
+        f"hottest {part} of the heatmap, by {falls[1]:.2f} without a central {part}; "
+        f"{percent(better)} of the heatmaps are better than a guess."
+    )
+
+
+def _deleted_part():
+    return "fifth" if DELETED_FRACTION == 0.2 else percent(DELETED_FRACTION)
+
+
+def concept_truth(found):
+    """How far the concepts stand for the model, in words."""
+    count, photos = found.maps.shape[-1], len(found.maps)
+    alone = f"with them alone {percent(found.kept)} of {photos} photos keep their class"
+    warning = "" if found.kept >= CONCEPTS_KEEP else ", so they tell only a part"
+    return f"{count} concepts; {alone}{warning}"
+
+
+# ---- The survey: what one pass over all photos finds ---------------------------------------------
+
+EXAMPLES = 4  # photos of known class that are explained
+PHOTOS_AT_ONCE = 32  # in the survey
+ALL_CLASSES = 10  # so many classes have all a heatmap of each photo; of more,
+PROBABLE_CLASSES = 4  # the most probable ones and the true one have
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A photo, what the model predicts for it, and where it looks for the classes in question."""
+
+    name: str
+    photo: np.ndarray  # (height, width, 3) uint8 RGB
+    pixels: np.ndarray  # the same, as the model sees it
+    class_names: list  # as they are printed
+    probabilities: np.ndarray  # (classes,)
+    true_index: int | None  # None: not known
+    # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
+    uncut: dict
+    of_all_blocks: np.ndarray | None = None  # see heatmap_of_all_blocks; None where not asked for
+    deletions: tuple = ()  # of the heatmap, and of that of all blocks; none where it is empty
+    is_multi_label: bool = False
+
+    @property
+    def class_index(self):
+        """The class explained: the true one, or where that is not known the predicted one."""
+        return int(self.probabilities.argmax()) if self.true_index is None else self.true_index
+
+    @property
+    def contrast_index(self):
+        """The most probable of the other classes: of a mistake, the predicted class."""
+        ranking = most_probable(self.probabilities)
+        return int(ranking[ranking != self.class_index][0])
+
+    @property
+    def heatmap(self):
+        """The (h, w) heatmap of the class explained, at the model's last layer with positions."""
+        *_, at_last_layer = self.uncut.values()
+        return np.maximum(0, at_last_layer[self.class_index])
+
+    @property
+    def class_name(self):
+        return self.class_names[self.class_index]
+
+    @property
+    def contrast_name(self):
+        return self.class_names[self.contrast_index]
+
+    @property
+    def is_mistake(self):
+        if self.true_index is None:
+            return False
+        (predicted,) = predicted_classes(self.probabilities[None], self.is_multi_label)
+        return not predicted[self.true_index]
+
+    @property
+    def verdict(self):
+        known = (self.class_names, self.probabilities, self.true_index, self.is_multi_label)
+        return verdict(*known)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over n photos found: first those of unknown class, the user's own.
+
+    The k classes of a photo that have a heatmap begin with the two most probable ones.
+    """
+
+    network: object  # a Network
+    extract: object  # see traced_extractor
+    class_names: list  # as they are printed
+    paths: list
+    read: object  # see photo_reader
+    labels: np.ndarray  # (n,) true class indices, -1 where not known
+    probabilities: np.ndarray  # (n, classes)
+    classes: np.ndarray  # (n, k) indices of the classes that have a heatmap
+    uncut: np.ndarray  # (n, k, h, w) uncut Grad-CAM at the model's last layer with positions
+    concepts: Concepts  # found in the sample
+    concept_maps: np.ndarray  # (n, h, w, concepts) how strong each is
+    concept_shares: np.ndarray  # (n, k, concepts) what each adds to the logits of these classes
+    sample: np.ndarray  # the numbers of up to CONCEPT_PHOTOS photos
+    sample_features: np.ndarray  # (sample, h, w, channels), at that last layer
+    features: np.ndarray  # (n, channels), the means of that layer's feature maps
+    peaks: dict  # {layer: Peaks of its first filters}
+
+    @cached_property
+    def class_indices(self):
+        """(n,) the true class of each photo, or where that is not known the predicted one."""
+        return np.where(self.labels < 0, self.probabilities.argmax(1), self.labels)
+
+    @cached_property
+    def own_count(self):
+        """How many of the photos, the first ones, are of unknown class."""
+        return int((self.labels < 0).sum())
+
+    @cached_property
+    def evaluation(self):
+        """The Evaluation of the photos whose class is known; None without any."""
+        known = slice(self.own_count, None)
+        if self.own_count == len(self.paths):
+            return None
+        of_known = self.labels[known], self.probabilities[known]
+        return Evaluation(self.class_names, *of_known, self.network.is_multi_label)
+
+    def predict(self, photos):
+        """(n, classes) probabilities of photos (n, height, width, 3), a few at once."""
+        network, last = self.network, self.network.heatmap_layer
+        found = []
+        for some in batched(photos, PHOTOS_AT_ONCE):
+            feature_maps, *_ = self.extract(some)
+            (logits,) = network.compute(feature_maps, [LOGITS], start=last)
+            found.append(network.to_probabilities(logits).numpy())
+        return np.concatenate(found)
+
+    def uncut_of(self, number):
+        """{class index: (h, w) uncut Grad-CAM} of a photo at the last layer with positions."""
+        return dict(zip(self.classes[number].tolist(), self.uncut[number], strict=True))
+
+    def name(self, number):
+        """The name of a photo as it is shown, that of a test photo with its folder."""
+        parts = self.paths[number].parts[-1 if self.labels[number] < 0 else -2 :]
+        return printable("/".join(parts))
+
+
+def survey_photos(network, photos, labels, class_names, read=None, seed=0):
+    """The Survey of photos, given as in draw. read: a photo_reader of the network's size.
+
+    seed: chooses the photos in which concepts are looked for.
+    """
+    read = read or photo_reader(network.input_size, network.read_photo)
+    labels = [None] * len(photos) if labels is None else labels
+    labels = np.array([-1 if label is None else label for label in labels], int)
+    own_first = np.argsort(labels >= 0, kind="stable")
+    labels, paths = labels[own_first], [Path(photos[k]) for k in own_first]
+    chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
+    layer_names = [convolution.activation for convolution in chosen]
+    extract = traced_extractor(network, layer_names)
+
+    def features_and_peaks(numbers):
+        pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
+        feature_maps, *activations = extract(pixels)
+        peaks = map(peaks_of, activations)
+        return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
+
+    # The sample comes first: concepts are found in the features of all its photos.
+    sample = _concept_sample(network, labels, seed)
+    others = np.setdiff1d(np.arange(len(paths)), sample)
+    first = batched(sample, PHOTOS_AT_ONCE)
+    kept = [features_and_peaks(numbers) for numbers in first]
+    sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
+    require_finite(sample_features)
+    found = factorize(network, sample_features)
+    surveyed = []
+    for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
+        feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
+        of_batch = _look(network, feature_maps, labels[numbers], found)
+        surveyed.append(of_batch | {"peaks": peaks})
+    back = np.argsort(np.concatenate([sample, others]))
+    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
+    given = (network, extract, list(map(printable, class_names)), paths, read, labels)
+    of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
+    return Survey(*given, **of_sample, **joined)
+
+
+def explain(survey, number, by_block=True):
+    """The Explanation of a photo of a survey, with the deletion score of its heatmap.
+
+    by_block: with heatmaps at the end of each block, too, and that of all blocks.
+    """
+    network, path, label = survey.network, survey.paths[number], int(survey.labels[number])
+    pixels = survey.read(path)
+    of_blocks = _uncut_by_block(survey, number) if by_block else {}
+    explanation = Explanation(
+        name=survey.name(number),
+        photo=network.read_photo(path) if by_block else pixels,
+        pixels=pixels,
+        class_names=survey.class_names,
+        probabilities=survey.probabilities[number],
+        true_index=None if label < 0 else label,
+        uncut=of_blocks | {network.heatmap_layer: survey.uncut_of(number)},
+        is_multi_label=network.is_multi_label,
+    )
+    if not explanation.heatmap.any():
+        return explanation
+    if by_block:
+        heatmap = heatmap_of_all_blocks(network, pixels, explanation.class_index)
+        explanation = replace(explanation, of_all_blocks=heatmap)
+    deletions = deletions_of(network, explanation, survey.predict)
+    return replace(explanation, deletions=tuple(deletions))
+
+
+def explain_chosen(survey):
+    """{photo number: Explanation} of the own photos, and then of some examples of the others."""
+    examples = example_order(survey.evaluation)[:EXAMPLES] if survey.evaluation else []
+    known = [survey.own_count + index for index in examples]
+    return {k: explain(survey, k) for k in [*range(survey.own_count), *known]}
+
+
+def classes_in_question(probabilities, labels):
+    """(n, k) class indices for each photo: of up to ALL_CLASSES all, the most probable first; of
+    more the PROBABLE_CLASSES most probable, then the true one.
+
+    labels: true class indices; where one is -1, not known, the most probable stands for it.
+    """
+    ranking = most_probable(probabilities)
+    if ranking.shape[1] <= ALL_CLASSES:
+        return ranking
+    probable = ranking[:, :PROBABLE_CLASSES]
+    return np.column_stack([probable, np.where(np.less(labels, 0), probable[:, 0], labels)])
+
+
+def traced_extractor(network, layer_names):
+    """A function of photos: the last feature maps, and some layers' first filters' activations.
+
+    It is traced, as a graph frees each feature map once the next layers have used it.
+    """
+    photos = tf.TensorSpec((None, *network.input_size, 3))
+    names = [network.heatmap_layer, *layer_names]
+
+    @tf.function(input_signature=[photos], autograph=False)
+    def extract(photos):
+        feature_maps, *activations = network.compute(photos, names, folded=True)
+        return feature_maps, *(it[..., :FILTERS_DRAWN] for it in activations)
+
+    return extract
+
+
+def _concept_sample(network, labels, seed):
+    """Numbers of up to CONCEPT_PHOTOS photos: of known class, or where there are none of any.
+
+    Fewer where the last layer is so large that their feature maps would fill the memory.
+    """
+    fitting = max(1, CONCEPT_VALUES // math.prod(network.shape(network.heatmap_layer)))
+    known = np.flatnonzero(labels >= 0) if (labels >= 0).any() else np.arange(len(labels))
+    return np.random.default_rng(seed).permutation(known)[: min(CONCEPT_PHOTOS, fitting)]
+
+
+def _look(network, feature_maps, labels, found):
+    """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
+    # From the last layer with positions on, which is handed through: nothing before it need be
+    # computed again.
+    last = network.heatmap_layer
+    from_features = partial(network.compute, names=[last, LOGITS], start=last)
+    feature_maps = tf.constant(feature_maps)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()
+    classes = classes_in_question(probabilities, labels)
+    ((_, weights),) = channel_weights(from_features, feature_maps, classes)
+    uncut = weighted_sum(feature_maps, weights)
+    require_finite(probabilities, uncut)
+    maps = concept_maps(feature_maps.numpy(), found.vectors)
+    return {
+        "probabilities": probabilities,
+        "classes": classes,
+        "uncut": uncut,
+        "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
+        "concept_maps": maps,
+        "concept_shares": shares_of_classes(weights, found.vectors, maps),
+    }
+
+
+def _uncut_by_block(survey, number):
+    """{block: {class index: (h, w) uncut Grad-CAM}} of a photo, without the last layer.
+
+    Of its two most probable classes and the true one: each more costs a pass through the model.
+    """
+    network = survey.network
+    *blocks, _ = network.heatmap_layers
+    classes = [*survey.classes[number, :2].tolist(), int(survey.class_indices[number])]
+    classes = list(dict.fromkeys(classes))
+    forward = partial(network.compute, names=[*blocks, LOGITS])
+    photo = tf.constant(survey.read(survey.paths[number])[None], tf.float32)
+    of_blocks = uncut_grad_cam(forward, photo, np.array([classes]))
+    return {
+        block: dict(zip(classes, of_photo, strict=True))
+        for block, (of_photo,) in zip(blocks, of_blocks, strict=True)
+    }
+
+
 # ---- Which training photos a photo is like -------------------------------------------------------
 
 NEAREST = 3  # training photos of a class that are shown beside a photo
@@ -3648,8 +3683,9 @@ PAGE = Path(__file__).with_name("Images") / "index.html"
 LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
-DETAILED_PHOTOS = 24  # the first ones: with a deletion score and activation maps
-COVERED_PHOTOS = 4  # of these, own ones, mistakes and the least sure: place by place
+JUDGED_PHOTOS = 200  # the first ones: with a deletion score
+MAPPED_PHOTOS = 24  # the first ones: with activation maps
+COVERED_PHOTOS = 4  # own ones, mistakes and the least sure: place by place
 
 # Pixels. Multiples of 16 keep JPEG's blocks within their tile, so that no colour leaks out of it.
 THUMBNAIL_SIDE = 80
@@ -3666,13 +3702,19 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     pictures: {what they show: [Picture]}. nearest: see nearest_photos; None without.
     """
     stored, listed = _stored_photos(survey, explained)
-    detailed = stored[: min(DETAILED_PHOTOS, listed)]
-    in_detail = {k: explained.get(k) or explain(survey, k, by_block=False) for k in detailed}
+    judged = stored[: min(JUDGED_PHOTOS, listed)]
+    explanations = dict(explained)
+    for done, k in enumerate(judged):
+        progress.say(f"heatmaps are judged, {done}/{len(judged)}")
+        explanations[k] = explained.get(k) or explain(survey, k, by_block=False)
     facts = _run_facts(survey, record, command)
-    facts |= _photo_facts(output, survey, explained | in_detail, stored, listed, progress)
+    which = "photos" if len(judged) == len(survey.paths) else "of the most doubtful photos"
+    facts["judged"] = deletion_summary(list(explanations.values()), which)
+    facts |= _photo_facts(output, survey, explanations, stored, listed, progress)
     facts["concepts"] = _concept_facts(survey, stored)
     facts["training"] = nearest and _training_facts(output, survey, stored, nearest, progress)
-    facts |= _picture_facts(output, survey, detailed, pictures, stored, progress)
+    mapped = judged[:MAPPED_PHOTOS]
+    facts |= _picture_facts(output, survey, mapped, pictures, stored, progress)
     _save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(_script_text(facts), "ascii")
@@ -3697,7 +3739,7 @@ def _run_facts(survey, record, command):
     named = (settings | versions | {"Keras": keras.__version__}).items()
     class_names = survey.class_names
     return {
-        "format": 4,
+        "format": 5,
         "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
         "warnings": _warnings_about(evaluation),
         "command": command,
@@ -3803,7 +3845,7 @@ def _cell(text):
 def _photo_facts(output, survey, explained, stored, listed, progress):
     """What the page shows of photos. Writes sheets of them, and of their thumbnails.
 
-    explained: {photo number: Explanation}, of those told in detail. stored, listed: see
+    explained: {photo number: Explanation}, of those that are judged. stored, listed: see
     _stored_photos.
     """
     covered = [k for k in _doubtful_first(survey) if k in explained][:COVERED_PHOTOS]
@@ -3915,14 +3957,14 @@ def _photo_entry(survey, number):
 
 
 def _concept_entries(survey, number):
-    """Where each concept lies in a photo, and the strongest parts of its classes' evidence."""
+    """Where each concept lies in a photo, and the strongest shares of its classes' evidence."""
     encoded = list(map(_encoded, np.moveaxis(survey.concept_maps[number], -1, 0)))
     classes = dict.fromkeys(survey.classes[number].tolist())
-    parts = [
-        [k, [[c, round(part, 3)] for c, part in strongest_shares(survey, number, k)]]
+    shares = [
+        [k, [[c, round(share, 3)] for c, share in strongest_shares(survey, number, k)]]
         for k in classes
     ]
-    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "parts": parts}
+    return {"maps": [it[0] for it in encoded], "peaks": [it[1] for it in encoded], "shares": shares}
 
 
 def _concept_facts(survey, stored):
@@ -3936,8 +3978,8 @@ def _concept_facts(survey, stored):
         photos = [stored.index(k) for k in photos_of_concept(survey, concept)]
         found.append({"photos": photos, "classes": []})
     for class_index in np.unique(survey.class_indices)[:CLASSES_DRAWN].tolist():
-        for concept, part, fall in class_concepts(survey, class_index):
-            found[concept]["classes"].append([class_index, round(part, 3), round(fall, 2)])
+        for concept, share, fall in class_concepts(survey, class_index):
+            found[concept]["classes"].append([class_index, round(share, 3), round(fall, 2)])
     return {"truth": concept_truth(survey.concepts), "found": found}
 
 
@@ -4020,18 +4062,18 @@ def _save_tiles(path, tiles, columns, quality):
     return tiling(path, sheet, tiles, columns)
 
 
-def _picture_facts(output, survey, detailed, pictures, stored, progress):
+def _picture_facts(output, survey, mapped, pictures, stored, progress):
     """What the page shows of the pictures, filters and layers. Writes activation maps.
 
-    detailed: numbers of the photos that have activation maps; stored: of all that the page has.
+    mapped: numbers of the photos that have activation maps; stored: of all that the page has.
     """
     filters = _convolution_entries(pictures["filters"])
-    maps = _activation_maps(survey, detailed)
+    maps = _activation_maps(survey, mapped)
     for entry in filters:
         path = output / f"conv2d_{entry['number']}_maps.jpg"
         tiles = maps[entry["activation"]]
-        entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(detailed), quality=72)
-        entry |= _firing_entries(survey, detailed, stored, entry["activation"])
+        entry["maps"] = _save_tiles(path, tiles, len(tiles) // len(mapped), quality=72)
+        entry |= _firing_entries(survey, mapped, stored, entry["activation"])
         progress.tell(path.name)
     shown = []
     for picture in itertools.chain(*pictures.values()):
@@ -4054,7 +4096,7 @@ def _convolution_entries(pictures):
     return list(entries.values())
 
 
-def _firing_entries(survey, detailed, stored, layer):
+def _firing_entries(survey, mapped, stored, layer):
     """What fires each filter of a layer, and how selective it is; see selectivity_of.
 
     patches: for each filter [photo, row, column, activation], strongest first.
@@ -4072,7 +4114,7 @@ def _firing_entries(survey, detailed, stored, layer):
     return {
         "field": _layer_entry(survey.network, layer),
         "patches": patches,
-        "peaks": [values[k] for k in detailed],
+        "peaks": [values[k] for k in mapped],
         "selectivity": selectivity_of(peaks).astype(float).round(3).tolist(),
     }
 
@@ -4260,7 +4302,7 @@ def require_whole_split(data):
     if (data / BUILDING / "split.csv").exists():
         remedy = f"{pasteable('python', script, 'PHOTOS', '--output', data)} moves the rest."
         raise Stop(f"{printable(data)}: its split is half in its place.\n{remedy}")
-    if data.is_dir() and not (data / "split.csv").is_file():
+    if (data / "train").is_dir() and not (data / "split.csv").is_file():
         check = pasteable("python", script, data, "--check")
         print(f"No split.csv in {printable(data)}: {check} looks for copies across the parts.")
 
@@ -4396,7 +4438,7 @@ def train_and_save(options, build=build_model):
 
 
 CHECKED_PHOTOS = 64
-FEWEST_MENDED = 10  # with fewer mistakes no other pixels can get clearly more photos right
+FEWEST_MENDED = 10  # fewer mistakes that other pixels mend may be chance: 1 in 2 ** 10
 SATURATED = 100  # no model is trained to logits that lie so far apart
 
 
@@ -4404,43 +4446,57 @@ def warn_of_pixels(survey, name, option):
     """Print a warning where a model was plainly trained on other pixels than it is fed.
 
     Where classes are known, that is where others of PIXELS get more photos right than chance
-    explains, by a sign test on the photos that only one of the two gets right. Else it is where
-    only the present ones let the logits lie so far apart that all is certain. name: of the model.
-    option: a format of what chooses the pixels.
+    explains. Else it is where only the present ones let the logits lie so far apart that all is
+    certain. name: of the model. option: a format of what chooses the pixels.
     """
-    network, known = survey.network, np.flatnonzero(survey.labels >= 0)
+    known = np.flatnonzero(survey.labels >= 0)
     among = known if len(known) else np.arange(len(survey.paths))
     count = min(CHECKED_PHOTOS, len(among))
     chosen = among[np.linspace(0, len(among) - 1, count).round().astype(int)]
-    right_now = survey.probabilities[chosen].argmax(1) == survey.labels[chosen]
-    if len(known) and np.sum(~right_now) < FEWEST_MENDED:
+    warn = _warn_of_mistakes if len(known) else _warn_of_certainty
+    warn(survey, chosen, name, option)
+
+
+def _warn_of_mistakes(survey, chosen, name, option):
+    """Print which pixels get clearly more of the chosen photos right, by a sign test."""
+    labels, now = survey.labels[chosen], survey.network.pixels
+    is_right = survey.probabilities[chosen].argmax(1) == labels
+    right = is_right.sum()
+    # Only mistakes can be mended, and few pixels mend any: hardly a photo is predicted anew.
+    if len(chosen) - right < FEWEST_MENDED:
         return
-    photos = np.stack([survey.read(survey.paths[k]) for k in chosen])
-    logits = _logits_by_pixels(network, photos)
-    right = {pixels: it.argmax(1) == survey.labels[chosen] for pixels, it in logits.items()}
-    best = max(right, key=lambda pixels: right[pixels].sum())
+    mended = _right_by_pixels(survey, chosen[~is_right], PIXELS)
+    mended = {pixels: count for pixels, count in mended.items() if count >= FEWEST_MENDED}
+    kept = _right_by_pixels(survey, chosen[is_right], mended)
+    if not mended:
+        return
+    best = max(mended, key=lambda pixels: mended[pixels] + kept[pixels])
     from scipy.stats import binomtest  # which takes a second to load
 
-    differ = right[best] != right_now
-    more = np.sum(right[best][differ])
-    if more and binomtest(more, differ.sum(), alternative="greater").pvalue < 0.001:
+    differ = mended[best] + right - kept[best]
+    if binomtest(mended[best], differ, alternative="greater").pvalue < 0.001:
         print(
-            f"Warning: {name} gets {right[best].sum()} of {count} test photos right on pixels in "
-            f"{best}, and {right_now.sum()} on {network.pixels}: add {option.format(best)}"
+            f"Warning: {name} gets {kept[best] + mended[best]} of {len(chosen)} test photos right "
+            f"on pixels in {best}, and {right} on {now}: add {option.format(best)}"
         )
+
+
+def _warn_of_certainty(survey, chosen, name, option):
+    """Print which pixels leave a doubt about the chosen photos, where the present leave none."""
+    now = survey.network.pixels
+    if np.median(survey.probabilities[chosen].max(1)) < 1:
         return
-    gaps = {it: np.median(np.diff(np.sort(logits[it])[:, -2:])) for it in logits}
-    gap = gaps.pop(network.pixels)
-    others = [
-        option.format(pixels)
-        for pixels in gaps
-        if gaps[pixels] < SATURATED and right[pixels].sum() >= right_now.sum()
-    ]
-    if others and gap > SATURATED:
+    gaps = {
+        pixels: np.median(np.diff(np.sort(logits)[:, -2:]))
+        for pixels, logits in _logits_by_pixels(survey, chosen, PIXELS).items()
+    }
+    gap = gaps.pop(now)
+    fitting = [option.format(pixels) for pixels in gaps if gaps[pixels] < SATURATED]
+    if fitting and gap > SATURATED:
         print(
-            f"Warning: {name} is certain of everything on pixels in {network.pixels} (its two "
-            f"highest logits differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
-            f"{', '.join(others)}"
+            f"Warning: {name} is certain of everything on pixels in {now} (its two highest logits "
+            f"differ by {gap:.0f}).\nIf it was trained on others, add what fits: "
+            f"{', '.join(fitting)}"
         )
 
 
@@ -4657,8 +4713,21 @@ def _run_settings(options, splits, phases):
     return settings
 
 
-def _logits_by_pixels(network, photos):
-    """{pixels: (n, classes) logits} of photos (n, height, width, 3) for each of PIXELS."""
+def _right_by_pixels(survey, numbers, choices):
+    """{pixels: how many of these photos of a survey are right on them}, for some of PIXELS."""
+    if not len(numbers):
+        return dict.fromkeys(choices, 0)
+    labels = survey.labels[numbers]
+    return {
+        pixels: int(np.sum(logits.argmax(1) == labels))
+        for pixels, logits in _logits_by_pixels(survey, numbers, choices).items()
+    }
+
+
+def _logits_by_pixels(survey, numbers, choices):
+    """{pixels: (n, classes) logits} of photos of a survey, for each of these PIXELS."""
+    network = survey.network
+    photos = tf.constant(np.stack([survey.read(survey.paths[k]) for k in numbers]), tf.float32)
     photo_shape = network.shapes[INPUT + 1]
 
     @tf.function(input_signature=[tf.TensorSpec((None, *photo_shape))], autograph=False)
@@ -4666,9 +4735,10 @@ def _logits_by_pixels(network, photos):
         return network.compute(seen, [LOGITS], start=PHOTO, folded=True)[0]
 
     found = {}
-    for pixels in PIXELS[:3] if network.is_grey else PIXELS:
-        (seen,) = first_step(pixels, network.is_grey).call(tf.cast(photos, tf.float32))
-        found[pixels] = np.concatenate([logits_of(it) for it in batched(seen, PHOTOS_AT_ONCE)])
+    for pixels in choices:
+        if not (network.is_grey and pixels in PIXELS_OF_COLOURS):
+            (seen,) = first_step(pixels, network.is_grey).call(photos)
+            found[pixels] = np.concatenate([logits_of(it) for it in batched(seen, PHOTOS_AT_ONCE)])
     return found
 
 

@@ -426,6 +426,17 @@ def test_deletion_scores_are_those_of_the_hottest_fifth_where_its_positions_look
     assert told >= 2
 
 
+def test_the_page_tells_what_the_heatmaps_are_worth_in_the_mean_of_all_photos(drawn):
+    knowns = [it for _, it in drawn.photos if it.heatmap(it.explained_class).any()]
+    before, hottest, central = np.array([it.deletion() for it in knowns]).T
+    count, *found = numbers_in(drawn.run["judged"])
+    better = np.mean(central - hottest > 0.01)
+    expected = [np.mean(before - hottest), np.mean(before - central), better]
+    assert count == len(knowns)
+    found[2] /= 100
+    np.testing.assert_allclose(found, expected, atol=0.006)
+
+
 # ---- What fires a filter -------------------------------------------------------------------------
 
 
@@ -752,7 +763,7 @@ def shares_by_hand(concepts, known, class_index):
     return np.array([*shares, whole - shares.sum()])
 
 
-def test_a_photo_has_the_map_of_each_concept_and_its_classes_the_strongest_parts(tested, concepts):
+def test_a_photo_has_the_map_of_each_concept_and_its_classes_the_strongest_shares(tested, concepts):
     _, maps = concepts
     for entry, known in tested.photos:
         of_photo = np.moveaxis(maps[known.name], -1, 0)
@@ -760,13 +771,13 @@ def test_a_photo_has_the_map_of_each_concept_and_its_classes_the_strongest_parts
         for text, peak, expected in shown:
             limit = 0.02 * expected.max() + 0.005
             np.testing.assert_allclose(decoded(text, peak, expected.shape), expected, atol=limit)
-        for class_index, parts in entry["concepts"]["parts"]:
+        for class_index, told in entry["concepts"]["shares"]:
             shares = shares_by_hand(concepts, known, class_index)
             by_hand = shares[:-1] / np.maximum(0, shares).sum()
             strongest = np.argsort(-by_hand)[:4]
             expected = [(k, by_hand[k]) for k in strongest if by_hand[k] >= 0.05]
-            assert [k for k, _ in parts] == [k for k, _ in expected]
-            assert [it for _, it in parts] == pytest.approx([it for _, it in expected], abs=0.01)
+            assert [k for k, _ in told] == [k for k, _ in expected]
+            assert [it for _, it in told] == pytest.approx([it for _, it in expected], abs=0.01)
 
 
 def test_each_concept_comes_with_the_photos_that_hold_most_of_it(tested, concepts):

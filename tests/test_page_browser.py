@@ -162,7 +162,7 @@ def write_run(folder):
                 "concepts": {
                     "maps": [encoded(rows) for rows in LIT],
                     "peaks": [2.0, 1.0],
-                    "parts": [[k, [[k % 2, 0.7], [1 - k % 2, 0.2]]] for k in range(3)],
+                    "shares": [[k, [[k % 2, 0.7], [1 - k % 2, 0.2]]] for k in range(3)],
                 },
                 "heatmaps": [
                     heatmap(best, (1.5, DAISY)),
@@ -214,11 +214,12 @@ def write_run(folder):
     for file in ("strip.jpg", "first.png", "training_curves.png"):
         write_sheet(folder, file, 9, 1, 1)
     return {
-        "format": 4,
+        "format": 5,
         "lead": ["It learnt 3 classes.", "It names 5 of 8 right."],
         "warnings": ["⚠ Only 2 photos of a class."],
         "command": "python model_training_and_visualization.py --epochs 2",
         "settings": ["epochs: 2", "weights: none"],
+        "judged": "71 % of the heatmaps are better.",
         "classes": CLASSES,
         "test": [
             ["true \\ predicted", *CLASSES, "recall"],
@@ -391,7 +392,7 @@ def test_a_run_without_concepts_has_no_section_for_them(visit):
     def take_away(run):
         run["concepts"] = {"truth": "0 concepts", "found": []}
         for entry in run["photos"]:
-            entry["concepts"] = {"maps": [], "peaks": [], "parts": [[k, []] for k in range(3)]}
+            entry["concepts"] = {"maps": [], "peaks": [], "shares": [[k, []] for k in range(3)]}
 
     page = visit("photo=0&concept=1", take_away)
     assert page.eval("document.querySelector('#concepts').hidden")
@@ -799,7 +800,7 @@ def test_the_training_photos_that_a_photo_is_most_like_are_shown_by_class(visit)
 def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
     page = visit("photo=5&true=tulip")
     page.click("#start")
-    assert page.eval("document.title").startswith(PHOTOS[1][0]) and len(listed(page)) == 8
+    assert page.eval("document.title") == "What a network sees" and len(listed(page)) == 8
     assert address(page) == {"photo": "1", "class": "daisy", "tour": "1", "section": "photos"}
     guessed = "['verdict', 'bars', 'predicted-map'].map((id) => getComputedStyle($(id)).visibility)"
     assert page.eval(guessed) == ["hidden"] * 3
@@ -815,6 +816,7 @@ def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
         answers.append(page.text("#told"))
         if step == 1:
             assert page.eval(guessed) == ["visible"] * 3
+            assert page.eval("document.title").startswith(PHOTOS[1][0])
         if step == 4:
             # Row 2, column 2 of coarse has its middle at 0.8 down and 0.45 across.
             assert bars(page)[1][0] == "40\xa0%"
@@ -829,6 +831,7 @@ def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
     assert "rose: up to 2.5 at row 2, column 2" in answers[2]
     assert "daisy: down to −2 at row 1, column 3" in answers[2]
     assert "row 2, column 1 of the photo: rose 80\xa0% → 40\xa0%." in answers[3]
+    assert answers[4].startswith("70\xa0% of what speaks for rose is concept 1")
     assert "rose/z.jpg: cosine 0.93" in answers[4] and "daisy/w.jpg: cosine 0.5" in answers[4]
     page.click("#tour [href='#tour=']")
     assert not page.eval("$('tour').checkVisibility()") and "tour" not in address(page)
@@ -846,9 +849,9 @@ def test_without_mistakes_the_tour_takes_the_least_sure_photo_and_what_there_is(
 
     page = visit("", right)
     page.click("#start")
-    assert page.eval("document.title").startswith("tulip/e.jpg")
     for _ in range(4):
         page.click("#step-on")
+        assert page.eval("document.title").startswith("tulip/e.jpg")
         page.click("#answer summary")
         assert len(page.text("#told")) > 20
         assert "undefined" not in page.text("#tour") and "NaN" not in page.text("#tour")
@@ -1197,6 +1200,7 @@ def test_the_run_tells_its_settings_and_pictures(visit):
     page = visit()
     assert page.text("#lead").splitlines() == ["It learnt 3 classes.", "It names 5 of 8 right."]
     assert page.text("#warnings") == "⚠ Only 2 photos of a class."
+    assert page.text("#judged") == "71\xa0% of the heatmaps are better."
     assert page.text("#command").startswith("python model_training")
     assert page.text("#settings").splitlines() == ["epochs: 2", "weights: none"]
     assert page.each("#pictures figcaption", "textContent") == ["The first picture"]
