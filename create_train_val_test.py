@@ -16,7 +16,7 @@ every file where it went and why. With --check, the parts of a set that others h
 searched for copies, and nothing is written.
 
 The first half is the chapter, in the order of a run. The second half, the workshop, can be skipped:
-what both scripts share, how two pictures are compared, and the options.
+what both scripts share, and how two pictures are compared.
 """
 
 import argparse
@@ -103,6 +103,7 @@ def _share(word):
 
 if __name__ == "__main__":
     OPTIONS = parse_options()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's would wait for each other
 
 import numpy as np  # noqa: E402
 from PIL import Image, ImageOps, PngImagePlugin  # noqa: E402
@@ -150,13 +151,9 @@ def list_files(source):
     try:
         folders = {name: class_folders(source / name) for name in class_folders(source)}
         # The Kaggle download once held the whole set a second time, as flowers/flowers.
-        nested = [name for name in folders if len(folders.keys() & folders[name]) >= 2]
-        classes = [name for name in folders if name not in nested]
+        classes = [name for name in folders if len(folders.keys() & folders[name]) < 2]
         names = _in_order(path.name for path in source.iterdir())
-        photos = [Photo(name) for name in names if name not in classes]
-        for photo in photos:
-            is_nested = photo.source in nested
-            photo.problem = "is a nested copy of the whole set" if is_nested else "is in no class"
+        photos = [Photo(name, problem="is in no class") for name in names if name not in classes]
         for name in classes:
             photos += _photos_in(source, name, name)
     except OSError as error:  # it is missing, or a file, or may not be read
@@ -255,7 +252,7 @@ def _examine(photo, source):
 # ---- Copies of one picture -----------------------------------------------------------------------
 # Three looks, each closer than the one before. The outlines of all photos are correlated with those
 # of all others, also mirrored and turned, in a matrix product; then at their best small shift, turn
-# or stretch (the tangent distance of Simard, LeCun and Denker, 1993). The thumbnails of those pairs
+# or zoom (the tangent distance of Simard, LeCun and Denker, 1993). The thumbnails of those pairs
 # that are left are aligned. Where they agree, both photos are read once more, aligned and compared
 # block by block: two shirts on one sheet have one outline in one place, but not the same folds.
 
@@ -277,21 +274,14 @@ def outlines(thumbnails):
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
-    coarse = _of_length_1(found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4)))
-    flat_coarse = coarse.reshape(len(found), -1)
-    for one, outline in enumerate(found):
-        views = in_all_turns(coarse[one]).reshape(8, -1)
-        correlations = views @ flat_coarse[one + 1 :].T  # (8, n - one - 1)
-        others = one + 1 + np.flatnonzero((correlations >= MIN_OUTLINE_CORRELATION).any(axis=0))
-        if len(others):
-            tangents = in_all_turns(_tangents(outline)).reshape(8, -1, flat.shape[1])
-            closeness = np.linalg.norm(tangents @ flat[others].T, axis=1)  # (8, others)
-            best = np.argsort(-closeness, axis=None, kind="stable")[:REACH]
-            best = best[closeness.flat[best] >= MIN_TANGENT_CORRELATION]
-            turns, places = np.unravel_index(best, closeness.shape)
-            pairs += [
-                (one, *pair) for pair in zip(others[places].tolist(), turns.tolist(), strict=True)
-            ]
+    for one, others in _correlated(found):
+        tangents = in_all_turns(_tangents(found[one])).reshape(8, -1, flat.shape[1])
+        closeness = np.linalg.norm(tangents @ flat[others].T, axis=1)  # (8, others)
+        best = np.argsort(-closeness, axis=None, kind="stable")[:REACH]
+        best = best[closeness.flat[best] >= MIN_TANGENT_CORRELATION]
+        turns, places = np.unravel_index(best, closeness.shape)
+        chosen = np.stack([others[places], turns], axis=1).tolist()
+        pairs += [(one, other, turn) for other, turn in chosen]
     return pairs
 
 
@@ -398,6 +388,19 @@ def _of_length_1(pictures):
     """(n, side, side) pictures, so scaled that the product of two is their correlation."""
     lengths = np.linalg.norm(pictures, axis=(1, 2), keepdims=True)
     return pictures / np.maximum(lengths, 1e-3)
+
+
+def _correlated(found):
+    """Yield (one, others): the later ones of (n, 16, 16) outlines that it is like in any turn."""
+    small = _of_length_1(found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4)))
+    flat = small.reshape(-1, 64)
+    for start in range(0, len(small), 64):
+        views = in_all_turns(small[start : start + 64])  # (8, 64, 8, 8)
+        correlations = views.reshape(-1, 64) @ flat[start:].T
+        is_like = correlations.reshape(8, -1, len(flat) - start) >= MIN_OUTLINE_CORRELATION
+        is_like = np.triu(is_like.any(axis=0), 1)  # each pair once, and no photo with itself
+        for row in np.flatnonzero(is_like.any(axis=1)).tolist():
+            yield start + row, start + np.flatnonzero(is_like[row])
 
 
 def _tangents(outline):
@@ -672,7 +675,7 @@ def _print_table(counts, classes):
 
 
 # ==================================================================================================
-# The workshop, which can be skipped: what both scripts share, two pictures compared, the options.
+# The workshop, which can be skipped: what both scripts share, and two pictures compared.
 # ==================================================================================================
 
 # ---- What both scripts share: how a run ends, and printing ---------------------------------------
