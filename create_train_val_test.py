@@ -366,14 +366,19 @@ def join_groups(photos):
         if photo.folder and not photo.problem:
             folders.setdefault(photo.folder, []).append(photo)
     for relatives in (*(photo.copies for photo in photos), *folders.values()):
-        parts = {id(photo.together): photo.together for photo in relatives}
-        joined = list(itertools.chain.from_iterable(parts.values()))
+        parts = _distinct(photo.together for photo in relatives)
+        joined = list(itertools.chain.from_iterable(parts))
         for photo in joined:
             photo.together = joined
-    groups = {id(photo.together): photo.together for photo in photos if len(photo.together) > 1}
-    for number, group in enumerate(groups.values(), start=1):
+    groups = _distinct(photo.together for photo in photos if len(photo.together) > 1)
+    for number, group in enumerate(groups, start=1):
         for photo in group:
             photo.group = number
+
+
+def _distinct(groups):
+    """The lists, each of them once."""
+    return list({id(group): group for group in groups}.values())
 
 
 def _blur(sigma):
@@ -448,7 +453,7 @@ def assign_splits(photos, classes, options):
     """
     for name in classes:
         usable = [photo for photo in photos if photo.class_name == name and not photo.problem]
-        groups = list({id(photo.together): photo.together for photo in usable}.values())
+        groups = _distinct(photo.together for photo in usable)
         sizes = split_sizes(len(usable), options.val_size, options.test_size)
         if len(groups) < len(SPLITS) or not all(sizes.values()):
             left_out = [photo for photo in photos if photo.class_name == name and photo.problem]
@@ -589,7 +594,7 @@ def check_split(options):
     for _ in map_photos(photos, partial(_examine, source=source), "Checking"):
         pass
     find_copies(photos, source, only_identical=options.copies == "identical")
-    groups = list({id(photo.copies): photo.copies for photo in photos}.values())
+    groups = _distinct(photo.copies for photo in photos)
     leaks = [group for group in groups if len({photo.split for photo in group}) > 1]
     conflicts = [group for group in groups if group[0].in_conflict]
     damaged = [photo for photo in photos if photo.problem and not photo.in_conflict]
@@ -622,13 +627,13 @@ def _list_split(source):
                 f"{printable(source)}: is not split into parts with the same classes.\n{remedy}"
             )
         photos = []
-        for part, name in [(part, name) for part, names in parts.items() for name in names]:
-            found = _photos_in(source, f"{part}/{name}", name)
-            for photo in found:
-                photo.split = part
-            photos += found
+        for part, names in parts.items():
+            for name in names:
+                photos += _photos_in(source, f"{part}/{name}", name)
     except OSError as error:
         raise Stop(f"{printable(error.filename)}: {error.strerror}.\n{LAYOUT}") from error
+    for photo in photos:
+        photo.split = photo.source.partition("/")[0]
     return photos
 
 
