@@ -442,6 +442,23 @@ def test_likely_pairs_are_those_that_a_search_of_all_pairs_and_turns_finds(turn)
     assert found == {frozenset(pair) for pair in known.tolist()}
 
 
+INNER = (20, 20, 220, 220)  # of a picture of 240 × 240 pixels
+NEAR = {
+    "shifted": lambda scene: scene.crop((27, 27, 227, 227)),
+    "enlarged": lambda scene: scene.crop((32, 32, 208, 208)),
+    "turned": lambda scene: scene.rotate(5, Image.Resampling.BICUBIC).crop(INNER),
+}
+
+
+@pytest.mark.parametrize("kind", NEAR)
+def test_a_picture_shifted_enlarged_or_turned_a_little_is_a_likely_pair(kind):
+    scenes = [picture(seed, (240, 240)).convert("L") for seed in range(40)]
+    squares = [*(scene.crop(INNER) for scene in scenes), *map(NEAR[kind], scenes)]
+    thumbnails = np.stack([np.asarray(square.resize((32, 32))) for square in squares])
+    pairs = split_script.likely_pairs(split_script.outlines(thumbnails))
+    assert {(k, 40 + k, 0) for k in range(40)} <= set(pairs)
+
+
 def garment(outline, cloth, print_seed):
     """A shirt on a sheet: the same outline each time, other folds, colours and prints."""
     rng = np.random.default_rng([outline, print_seed])
