@@ -259,9 +259,9 @@ def turned(image, degrees):
     return large.crop((width // 20, height // 20, width - width // 20, height - height // 20))
 
 
-def with_watermark(image):
+def with_watermark(image, place=(165, 135), size=10):
     image = image.copy()
-    ImageDraw.Draw(image).text((165, 135), "(c) me", fill="white")
+    ImageDraw.Draw(image).text(place, "(c) photo.com", fill="white", font_size=size)
     return image
 
 
@@ -280,6 +280,8 @@ COPIES = {
     "on its side": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "with a watermark": with_watermark,
     "in a frame": lambda image: ImageOps.expand(image, 8, "white"),
+    # It covers a fifth to a third of what has detail.
+    "with a large watermark": lambda image: with_watermark(image, (20, 100), 14),
 }
 
 
@@ -457,6 +459,14 @@ def test_a_picture_shifted_enlarged_or_turned_a_little_is_a_likely_pair(kind):
     thumbnails = np.stack([np.asarray(square.resize((32, 32))) for square in squares])
     pairs = split_script.likely_pairs(split_script.outlines(thumbnails))
     assert {(k, 40 + k, 0) for k in range(40)} <= set(pairs)
+
+
+def test_thumbnails_are_aligned_by_the_shift_between_them_and_others_are_told_apart():
+    scenes = [np.asarray(picture(seed, (64, 64)).convert("L").resize((44, 44))) for seed in (7, 8)]
+    one, moved, other = scenes[0][6:38, 6:38], scenes[0][3:35, 4:36], scenes[1][6:38, 6:38]
+    warp = split_script.align_thumbnails(one, moved)  # it lies 2 pixels to the right, 3 down
+    assert np.abs(warp - [[1, 0, 2], [0, 1, 3]]).max() < 0.1
+    assert split_script.align_thumbnails(one, other) is None
 
 
 def garment(outline, cloth, print_seed):
