@@ -71,7 +71,7 @@ def main(options):
     show_next_step(options.output)
 
 
-# ---- Options, which are read before NumPy loads: --help need not wait ----------------------------
+# ---- Options, which are read before the libraries load: --help need not wait ---------------------
 
 
 def parse_options(words=None):
@@ -105,6 +105,7 @@ if __name__ == "__main__":
     OPTIONS = parse_options()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's would wait for each other
 
+import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image, ImageOps, PngImagePlugin  # noqa: E402
 
@@ -1017,8 +1018,7 @@ def _remove_partial_files(path):
 
 # ---- Two pictures compared -----------------------------------------------------------------------
 # Two pictures are laid on each other as by Evangelidis and Psarakis, "Parametric Image Alignment
-# Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
-# likely copies, as it takes a while.
+# Using Enhanced Correlation Coefficient Maximization" (2008).
 
 MIN_THUMBNAIL_CORRELATION = 0.8
 # Of the blocks with detail a share may differ, and the others must correlate: the more closely the
@@ -1064,11 +1064,11 @@ def without_frame(image):
     rows, columns = (np.flatnonzero(is_picture.mean(axis=axis) > 0.2) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return image
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    widths = np.abs(np.subtract(box, (0, 0, *image.size)))
-    within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
-    is_frame = 0 < widths.max() <= 3 * widths.min() and within.all()
-    return image.crop(tuple(map(int, box))) if is_frame else image
+    ends = (image.width - 1 - columns[-1], image.height - 1 - rows[-1])
+    widths = tuple(map(int, (columns[0], rows[0], *ends)))
+    is_even = 0 < max(widths) <= 3 * min(widths)
+    is_frame = is_even and max(widths) <= MAX_FRAME * min(image.size)
+    return ImageOps.crop(image, widths) if is_frame else image
 
 
 def close_view(path):
@@ -1082,9 +1082,8 @@ def align_thumbnails(one, other):
     """The map of _align for two thumbnails that agree, aligned or as they are, else None."""
     details = [_detail(grey, 0.55, 2) for grey in (one, other)]
     for warp in (_align(one, other, IN_PLACE), IN_PLACE):
-        inside = _moved(np.full_like(one, 255), warp) == 255
-        agreement = _correlations(details[0][inside], _moved(details[1], warp)[inside])
-        if agreement >= MIN_THUMBNAIL_CORRELATION:
+        moved, inside = _laid_on(details[1], warp)
+        if _correlations(details[0][inside], moved[inside]) >= MIN_THUMBNAIL_CORRELATION:
             return warp
     return None
 
@@ -1095,15 +1094,13 @@ def look_closer(one, other, start):
     start: the map of align_thumbnails. They are compared as they are first, as an alignment may
     lose its way where there is fine texture.
     """
-    import cv2
-
     one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
     grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
     scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
     for warp in (IN_PLACE, _align(grey_one, grey_other, start * scale)):
-        inside = _moved(np.full_like(grey_one, 255), warp) == 255
-        if _same_detail(grey_one, _moved(grey_other, warp), inside):
-            return True, _same_colours(one, _moved(other, warp), inside)
+        moved, inside = _laid_on(other, warp)
+        if _same_detail(grey_one, cv2.cvtColor(moved, cv2.COLOR_RGB2GRAY), inside):
+            return True, _same_colours(one, moved, inside)
     return False, False
 
 
@@ -1113,24 +1110,24 @@ def _align(one, other, start):
     The search begins at `start`, which is the answer if it fails, or would stretch or turn too
     much.
     """
-    import cv2
-
     until = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGN_STEPS, 1e-3)
     try:
         _, warp = cv2.findTransformECC(one, other, start.copy(), cv2.MOTION_AFFINE, until, None, 5)
     except cv2.error:  # it does not converge, as where one of them is plain
         return start
     is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
-    overlap = _moved(np.full_like(one, 255), warp).mean() / 255
-    return warp if is_near and overlap >= MIN_OVERLAP else start
+    _, inside = _laid_on(other, warp)
+    return warp if is_near and inside.mean() >= MIN_OVERLAP else start
 
 
-def _moved(picture, warp):
-    """A picture moved by a map of _align; 0 where nothing comes from."""
-    import cv2
-
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
+def _laid_on(picture, warp):
+    """A square picture moved by a map of _align, and where it then reaches: (side, side) bool."""
+    size, flags = picture.shape[:2], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved, reach = (
+        cv2.warpAffine(pixels, warp, size, flags=flags)
+        for pixels in (picture, np.full(size, 255, np.uint8))
+    )
+    return moved, reach == 255
 
 
 def _same_detail(one, other, inside):
@@ -1151,8 +1148,6 @@ def _same_detail(one, other, inside):
 
 def _detail(grey, fine, coarse):
     """The difference of a picture's two blurs, of so many pixels each."""
-    import cv2
-
     grey = grey.astype(np.float32)
     return cv2.GaussianBlur(grey, (0, 0), fine) - cv2.GaussianBlur(grey, (0, 0), coarse)
 
@@ -1173,8 +1168,6 @@ def _correlations(one, other):
 
 def _same_colours(one, other, inside):
     """Whether one (128, 128, 3) picture may be the other one tinted, or with less or no colour."""
-    import cv2
-
     tints = []
     for picture in (one, other):
         smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)

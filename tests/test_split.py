@@ -469,6 +469,16 @@ def test_thumbnails_are_aligned_by_the_shift_between_them_and_others_are_told_ap
     assert split_script.align_thumbnails(one, other) is None
 
 
+def test_the_close_look_begins_where_the_thumbnails_lay_on_each_other():
+    grain = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    scene = np.asarray(Image.fromarray(grain).resize((160, 160))).transpose(2, 0, 1)
+    one, other = scene[:, 16:144, 16:144], scene[:, 16:144, 4:132]  # 12 pixels to the right
+    nowhere = np.eye(2, 3, dtype=np.float32)
+    by_3_pixels = nowhere + np.float32([[0, 0, 3], [0, 0, 0]])  # of a thumbnail, a quarter as large
+    assert split_script.look_closer(one, other, by_3_pixels) == (True, True)
+    assert split_script.look_closer(one, other, nowhere) == (False, False)
+
+
 def garment(outline, cloth, print_seed):
     """A shirt on a sheet: the same outline each time, other folds, colours and prints."""
     rng = np.random.default_rng([outline, print_seed])
@@ -1285,7 +1295,10 @@ def test_the_remains_of_a_killed_write_are_cleared_and_those_of_a_running_one_ar
 
 @pytest.mark.parametrize(
     ("words", "unloaded"),
-    [(["--help"], {"numpy", "PIL", "cv2"}), (["none"], {"cv2", "keras", "matplotlib", "scipy"})],
+    [
+        (["--help"], {"numpy", "PIL", "cv2"}),
+        (["none"], {"tensorflow", "keras", "matplotlib", "scipy"}),
+    ],
 )
 def test_what_a_run_does_not_need_is_not_loaded(words, unloaded):
     code = f"""
