@@ -40,7 +40,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
@@ -258,7 +258,7 @@ def _examine(photo, source):
 # block by block: two shirts on one sheet have one outline in one place, but not the same folds.
 
 MIN_OUTLINE_CORRELATION = 0.8
-MIN_TANGENT_CORRELATION = 0.92
+MIN_TANGENT_CORRELATION = 0.915
 REACH = 32  # pairs of a photo to look at; more would take quadratic time
 
 
@@ -275,9 +275,15 @@ def outlines(thumbnails):
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
+    tangents_of = lru_cache(4096)(lambda index: _tangents(found[index]))
     for one, others in _correlated(found):
-        tangents = in_all_turns(_tangents(found[one])).reshape(8, -1, flat.shape[1])
-        closeness = np.linalg.norm(tangents @ flat[others].T, axis=1)  # (8, others)
+        views = in_all_turns(found[one]).reshape(8, -1, 1)
+        moved = in_all_turns(tangents_of(one)).reshape(8, -1, flat.shape[1])
+        theirs = np.stack([tangents_of(other).reshape(len(moved[0]), -1) for other in others])
+        # Of the two, moved a little, either may come nearer to the other: (8, others).
+        there = np.linalg.norm(moved @ flat[others].T, axis=1)
+        back = np.linalg.norm(theirs @ views[:, None], axis=(2, 3))
+        closeness = np.maximum(there, back)
         best = np.argsort(-closeness, axis=None, kind="stable")[:REACH]
         best = best[closeness.flat[best] >= MIN_TANGENT_CORRELATION]
         turns, places = np.unravel_index(best, closeness.shape)
@@ -313,18 +319,22 @@ def star_groups(count, pairs):
     """Group the numbers below `count`: each group is one of them, and all that are paired with it.
 
     It is no chain in which each resembles the next: in that way all frames of a video would be
-    copies of each other. The number with the most pairs comes first.
+    copies of each other. The number with the most pairs comes first; one of which all others of its
+    pairs are in groups already joins one of these.
     """
     alike = [set() for _ in range(count)]
     for one, other in pairs:
         alike[one].add(other)
         alike[other].add(one)
-    ungrouped, groups = set(range(count)), []
-    for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
-        if hub in ungrouped:
-            groups.append(sorted({hub} | (alike[hub] & ungrouped)))
-            ungrouped.difference_update(groups[-1])
-    return groups
+    groups, group_of = [], {}
+    for hub in sorted(range(count), key=lambda index: (-len(alike[index]), index)):
+        if hub not in group_of:
+            free = alike[hub] - group_of.keys()
+            group = [] if free or not alike[hub] else group_of[min(alike[hub])]
+            groups += [] if group else [group]
+            group += [hub, *free]
+            group_of |= dict.fromkeys([hub, *free], group)
+    return [sorted(group) for group in groups]
 
 
 def find_copies(photos, source, only_identical=False):
