@@ -1033,7 +1033,7 @@ def _remove_partial_files(path):
 MIN_THUMBNAIL_CORRELATION = 0.8
 # Of the blocks with detail a share may differ, and the others must correlate: the more closely the
 # larger that share is, as under a watermark.
-AGREEMENT = {0.2: 0.87, 0.3: 0.97}
+AGREEMENT = {0.2: 0.85, 0.3: 0.97}
 IN_PLACE = np.eye(2, 3, dtype=np.float32)  # the map that moves nothing
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 2.0  # grey levels of 255 (standard deviation) of a block that has detail

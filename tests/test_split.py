@@ -408,6 +408,9 @@ def test_a_group_is_one_picture_and_all_that_resemble_that_one():
     pairs = [(1, 0), (1, 2), (2, 3), (3, 4), (5, 7), (6, 7), (7, 8), (7, 9)]
     groups = sorted(map(tuple, split_script.star_groups(11, pairs)))
     assert groups == [(0, 1, 2), (3, 4), (5, 6, 7, 8, 9), (10,)]
+    # 3 is like 2 alone, which is with 1 already: it joins them, where 6, of the others, does not.
+    joined = split_script.star_groups(7, [(0, 1), (1, 2), (1, 4), (2, 3), (5, 6)])
+    assert sorted(map(tuple, joined)) == [(0, 1, 2, 3, 4), (5, 6)]
     # The one with the most pairs comes first, not the first one.
     assert sorted(map(tuple, split_script.star_groups(5, [(0, 1), (1, 2), (1, 3)]))) == [
         (0, 1, 2, 3),
@@ -538,9 +541,10 @@ def test_no_folder_inside_a_class_and_no_pair_of_copies_is_ever_in_two_splits(tm
         for name in ("daisy", "rose"):
             photos = sorted((source / name).iterdir())
             for patient in range(int(rng.integers(1, 5))):
-                folder = source / name / f"patient{patient}" / "visit"
-                folder.mkdir(parents=True)
-                for path in rng.choice(photos, int(rng.integers(1, 4)), replace=False):
+                chosen = rng.choice(photos, int(rng.integers(1, 4)), replace=False)
+                for visit, path in enumerate(chosen):
+                    folder = source / name / f"patient{patient}" / f"visit{visit % 2}"
+                    folder.mkdir(parents=True, exist_ok=True)
                     # A photo of another patient, or one that lies beside the patients' folders.
                     shutil.copy(path, folder / path.name)
         rows = split(source, tmp_path / f"out {trial}", "--seed", trial)
