@@ -310,6 +310,7 @@ import scipy.sparse.linalg
 import tensorflow as tf
 from keras import layers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -362,6 +363,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
         raise Stop(f"{printable(folder)}: no photos in {', '.join(empty)}.\n{remedy}")
     read = read or photo_reader(size)
     try:
+        # All are decoded now, so that a broken one ends the run here and not in a later epoch.
         for _ in map_photos(paths, read, f"Checking {folder.name}"):
             pass
     except Stop as stop:
@@ -486,8 +488,8 @@ def _affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
 # go through a small classifier, the head. The model scales the pixels itself: whoever loads the
 # saved file feeds plain photos and cannot get the range wrong.
 
-# The fewest positions along a side of the last feature maps where training starts from scratch:
-# with fewer a heatmap tells little. Weights that are given keep the strides they were learnt with.
+# Where training starts from scratch, the last strides are left out if the last feature maps would
+# have fewer positions along a side. Weights that are given keep the strides they were learnt with.
 FEWEST_POSITIONS = 5
 
 
@@ -502,7 +504,8 @@ def build_model(class_count, image_size, weights):
     base = _backbone(scaled, weights)
     for layer in base.layers:
         if isinstance(layer, layers.BatchNormalization):
-            # At Keras's 0.99 the moving statistics lag hundreds of steps: too far for a short run.
+            # Where it learns, from scratch: at Keras's 0.99 the moving statistics lag hundreds of
+            # steps, too far for a short run.
             layer.momentum = 0.9
     pooled = layers.GlobalAveragePooling2D()(base.output)
     hidden = layers.Dense(256, activation="relu")(pooled)
@@ -517,7 +520,7 @@ def without_last_stride(base):
     This leaves small photos more positions: 5 × 5 instead of 3 × 3 at 139 pixels. The idea is that
     of DeepLab (Chen et al., 2016), here without dilation.
     """
-    unchanged = keras.Model(base.input, base.get_layer("mixed7").output).layers
+    unchanged = _layers_up_to(base, base.get_layer("mixed7"))
 
     def with_stride_1(layer):
         config = layer.get_config()
@@ -526,6 +529,11 @@ def without_last_stride(base):
         return type(layer).from_config(config)
 
     return keras.models.clone_model(base, base.inputs, with_stride_1)
+
+
+def _layers_up_to(model, layer):
+    """The layers that a layer's output depends on, itself included."""
+    return keras.Model(model.inputs, layer.output).layers
 
 
 def _backbone(scaled, weights):
@@ -632,11 +640,12 @@ def freeze(model, phase):
     """
     frozen = []
     if phase.freeze_below != "none":
-        last_frozen = _last_layer_below(model, phase.freeze_below)
-        frozen = keras.Model(model.input, last_frozen.output).layers
+        frozen = _layers_up_to(model, _last_layer_below(model, phase.freeze_below))
     for layer in model.layers:
-        normalizes = isinstance(layer, layers.BatchNormalization)
-        layer.trainable = layer not in frozen and (phase.batch_statistics or not normalizes)
+        learns = layer not in frozen
+        if isinstance(layer, layers.BatchNormalization):
+            learns = learns and phase.batch_statistics
+        layer.trainable = learns
 
 
 def _balancing_weights(labels):
@@ -645,7 +654,8 @@ def _balancing_weights(labels):
     labels: (n,) class indices, with each class among them.
     """
     counts = np.bincount(labels)
-    return dict(enumerate((len(labels) / (len(counts) * counts)).tolist()))
+    weights = len(labels) / (len(counts) * counts)
+    return dict(enumerate(weights.tolist()))
 
 
 def _compile_for(model, phase, steps_per_epoch):
@@ -738,7 +748,7 @@ class Evaluation:
         return float(np.mean(losses))
 
     @cached_property
-    def photos(self):
+    def photo_counts(self):
         """(classes,) the number of photos of each class."""
         return np.bincount(self.labels, minlength=len(self.class_names))
 
@@ -757,12 +767,12 @@ class Evaluation:
     @property
     def recall(self):
         """(classes,) share of a class's photos that are called so; nan for a class without any."""
-        return _shares(np.diag(self.confusion), self.photos)
+        return _shares(np.diag(self.confusion), self.photo_counts)
 
     @property
     def largest_share(self):
         """The accuracy of always guessing the most frequent class."""
-        return self.photos.max() / len(self.labels)
+        return self.photo_counts.max() / len(self.labels)
 
     @property
     def chance(self):
@@ -818,8 +828,9 @@ def reliability(evaluation):
     For each bin of confidence, the probability of the predicted class, its number of photos, the
     sum of their confidences, and how many of them are right. A bin holds its upper end.
     """
-    confidence = evaluation.probabilities.max(1).astype(float)
-    bins = np.ceil(confidence * CONFIDENCE_BINS - 1e-6).astype(int).clip(1, CONFIDENCE_BINS) - 1
+    confidence = evaluation.probabilities.max(1).astype(float).round(6)
+    ends = np.linspace(0, 1, CONFIDENCE_BINS + 1).round(6)
+    bins = np.digitize(confidence, ends[1:-1], right=True)
     columns = np.column_stack([np.ones(len(bins)), confidence, evaluation.correct])
     sums = np.zeros((CONFIDENCE_BINS, 3))
     np.add.at(sums, bins, columns)
@@ -868,8 +879,13 @@ def _shares(counts, totals):
 # layer, `compute` to differentiate them, all `convolutions` (each with its `layer`, whose output is
 # raw, and its `activation`, the layer whose output tells whether a filter fires), the
 # `receptive_fields` (where a position looks, in pixels), and the `heatmap_layer`, the last layer
-# with positions. What it finds in many photos is their Survey, and what it says of one of them and
-# where it looks an Explanation: both are there, too.
+# with positions.
+#
+# What it finds in many photos is their Survey, also there: own photos, whose label is −1 for
+# unknown, come first, and each has its `probabilities`, and for some `classes` its `uncut` Grad-CAM
+# and `concept_shares`. What is told of a single photo is an Explanation: the `photo`, the `heatmap`
+# for the class explained (the true one, or else the predicted one), and the `contrast`, the most
+# probable other class.
 
 # Blue for negative activations, black for 0, red to yellow for positive ones.
 ACTIVATION_COLOURS = LinearSegmentedColormap.from_list(
@@ -960,11 +976,13 @@ def _grid_caption(title, activation, silent, photo_name):
 #
 # The ascent does not change single pixels, which would end in noise. It changes the waves that the
 # image is the sum of (its Fourier coefficients), in decorrelated colours: three that vary almost
-# independently in photos. The waves go on beyond the picture, the canvas: all that a filter sees is
-# pattern.
+# independently in photos. While it rises, the image is larger than the picture that is kept, its
+# middle: the waves go on beyond the picture by a margin, so that all that a filter sees is pattern.
 
 FILTERS_DRAWN = 64  # of a convolution, the first ones
-PATTERN_SIZE = 128  # pixels; a multiple of the stride of the layers asked, so that the waves fit
+# Pixels; a multiple of the layer's stride, so that each repetition of the picture meets the
+# positions alike.
+PATTERN_SIZE = 128
 PATTERN_STEPS = 18
 PATTERN_RATE = 5  # grey levels by which a step changes the image (root mean square)
 PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few steps; more overshoots
@@ -974,7 +992,7 @@ PATTERN_MOMENTUM = 0.75  # with less, weak filters do not get far in so few step
 PATTERN_STARTS = (4, 20, 60)
 PATTERN_COLUMNS = 8  # of a sheet
 FILTERS_AT_ONCE = 16  # 32 are no faster on a CPU and take more memory
-# How far the image goes on beyond the canvas, in pixels. A filter that sees the zeros which pad
+# How far the image goes on beyond the picture, in pixels. A filter that sees the zeros which pad
 # the edge of an image draws a frame there. A wider margin would take more time, and a filter hardly
 # sees what lies so far out.
 PATTERN_MARGIN = 24
@@ -990,7 +1008,7 @@ COLOUR_CORRELATION_ROOT = np.array(
 # Divided by the length of the first column. The last two are 3 times as strong as in photos: with
 # the colours of photos patterns look muted.
 BRIGHTNESS_LENGTH = np.linalg.norm(COLOUR_CORRELATION_ROOT[:, 0])
-COLOURS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "float32")
+COLOUR_BASIS = COLOUR_CORRELATION_ROOT / BRIGHTNESS_LENGTH * np.array([1, 3, 3], "float32")
 
 
 def filter_patterns(
@@ -1008,23 +1026,23 @@ def filter_patterns(
     network = network_of(model)
     convolution = network.convolution(layer_name)
     field = network.receptive_fields[layer_name]
-    margin = _canvas_margin(field)
-    waves, scale = _wave_basis(max(field.size), margin, size)
-    step = _ascent_step(network, layer_name, waves, scale, margin)
-    canvas = waves[:, margin : margin + size]
+    margin = _pattern_margin(field)
+    basis, spectrum = _waves(max(field.size), margin, size)
+    step = _ascent_step(network, layer_name, basis, spectrum, margin)
+    of_picture = basis[:, margin : margin + size]
     filters = np.asarray(filters, "int32")
     pictures = np.zeros((len(filters), size, size, 3), "uint8")
     fires = np.zeros(len(filters), bool)
     for attempt, strength in enumerate(PATTERN_STARTS):
-        silent = np.flatnonzero(~fires)
-        for piece in batched(silent, FILTERS_AT_ONCE):
-            noise = _start_noise(filters[piece], (seed, attempt), scale)
+        remaining = np.flatnonzero(~fires)
+        for piece in batched(remaining, FILTERS_AT_ONCE):
+            noise = _start_noise(filters[piece], (seed, attempt), spectrum)
             coefficients = tf.constant(strength * noise)
             momentum = tf.zeros_like(coefficients)
             with bfloat16_where_fast():
                 for _ in range(steps):
                     coefficients, momentum = step(coefficients, momentum, filters[piece])
-            image = network.as_seen(_waves_to_image(coefficients, canvas, scale))
+            image = network.as_seen(_sum_of_waves(coefficients, of_picture, spectrum))
             pictures[piece] = np.rint(_full_contrast(image))
             finished = tf.constant(pictures[piece], tf.float32)
             (activation,) = network.compute(finished, [convolution.activation], folded=True)
@@ -1073,17 +1091,18 @@ def draw_patterns(output, patterns):
     return [Picture(file, caption, sheet_facts(convolution, convolution.layer, ~fires, place))]
 
 
-def _ascent_step(network, layer_name, waves, scale, margin):
-    """A function of coefficients (n, 3, waves, waves), momentum and filters (n,): one step further.
+def _ascent_step(network, layer_name, basis, spectrum, margin):
+    """A function of coefficients (n, 3, k, k), momentum and filters (n,): one step further.
 
     It returns the coefficients and the momentum after a step up the gradient of each filter's mean
     activation on its own image.
     """
-    field, size = network.receptive_fields[layer_name], waves.shape[1] - 2 * margin
-    # The positions that look at the canvas, so that each of its places counts once.
-    start = np.ceil((margin - np.array(field.centre)) / field.stride).clip(0).astype(int)
-    end = start + np.maximum(1, size // np.array(field.stride).astype(int))
-    coefficients = tf.TensorSpec((None, 3, *scale.shape))
+    field, size = network.receptive_fields[layer_name], basis.shape[1] - 2 * margin
+    # The positions that look at the picture: it has a whole number of them, and each counts once.
+    centre, stride = np.array(field.centre), np.array(field.stride)
+    start = np.ceil((margin - centre) / stride).clip(0).astype(int)
+    end = start + np.maximum(1, size // stride.astype(int))
+    coefficients = tf.TensorSpec((None, 3, *spectrum.shape))
 
     # All that varies is a tensor of a declared shape, so that it is traced once.
     @tf.function(
@@ -1093,22 +1112,23 @@ def _ascent_step(network, layer_name, waves, scale, margin):
     def step(coefficients, momentum, filters):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(coefficients)
-            images = _bounded(network.as_seen(_waves_to_image(coefficients, waves, scale)))
+            images = _bounded(network.as_seen(_sum_of_waves(coefficients, basis, spectrum)))
             (maps,) = network.compute(images, [layer_name], folded=True)
             means = tf.reduce_mean(maps[:, start[0] : end[0], start[1] : end[1]], (1, 2))
             # An image changes only its own mean, so the gradient of the sum is each image's own.
             activation = tf.reduce_sum(tf.gather(means, filters, axis=1, batch_dims=1))
         momentum = PATTERN_MOMENTUM * momentum + tape.gradient(activation, coefficients)
-        return coefficients + PATTERN_RATE * momentum / _wave_strength(momentum, scale), momentum
+        change = PATTERN_RATE * momentum / _contrast(momentum, spectrum)
+        return coefficients + change, momentum
 
     return step
 
 
-def _canvas_margin(field):
-    """Pixels by which the waves go on outside the canvas, for a layer's receptive field.
+def _pattern_margin(field):
+    """Pixels by which the waves go on beyond the picture, for a layer's receptive field.
 
     About half of what a filter sees, at most PATTERN_MARGIN or one stride. In whole strides, so
-    that the positions look at the same places of the finished picture as of the canvas: a filter
+    that the positions look at the same places of the finished picture as in the ascent: a filter
     that fires on a pattern may not fire on the same one moved by some pixels.
     """
     stride = int(max(field.stride))
@@ -1116,10 +1136,11 @@ def _canvas_margin(field):
     return max(1, reach // stride) * stride
 
 
-def _wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
-    """The waves of a canvas, (waves, size + 2 * margin), and their (waves, waves) scale.
+def _waves(longest_wavelength, margin, size):
+    """The basis (k, size + 2 * margin) of k waves along a side, and their spectrum (k, k).
 
-    Waves longer than the filter sees are scaled like the longest one that it sees.
+    The spectrum is how strong a wave of so many cycles down and across is where its coefficient is
+    1. Waves longer than the filter sees are as strong as the longest one that it sees.
     """
     # cos + sin of positive and negative frequencies (Hartley, 1942): they span what complex waves
     # span, with real coefficients. Two small matrix products cost less than a fast transform.
@@ -1131,41 +1152,46 @@ def _wave_basis(longest_wavelength, margin=0, size=PATTERN_SIZE):
     wavelength = size / np.maximum(frequency, size / longest_wavelength)
     # The square root lies between a flat spectrum, which gives speckle, and that of photos (1/f),
     # which gives blotches.
-    scale = np.sqrt(wavelength / longest_wavelength)
-    scale[frequency > size / SHORTEST_WAVELENGTH] = 0  # a round cut, which prefers no direction
-    scale[frequency == 0] *= FLAT_COLOUR
-    return (np.cos(angle) + np.sin(angle)).astype("float32"), scale.astype("float32")
+    spectrum = np.sqrt(wavelength / longest_wavelength)
+    spectrum[frequency > size / SHORTEST_WAVELENGTH] = 0  # a round cut, which prefers no direction
+    spectrum[frequency == 0] *= FLAT_COLOUR
+    basis = np.cos(angle) + np.sin(angle)
+    return basis.astype("float32"), spectrum.astype("float32")
 
 
-def _start_noise(filters, seeds, scale):
-    """Coefficients (n, 3, waves, waves) of noise with a root mean square of 1 grey level.
+def _start_noise(filters, seeds, spectrum):
+    """Coefficients (n, 3, k, k) of noise with a root mean square of 1 grey level.
 
     A filter gets the same noise whichever other filters are drawn with it.
     """
-    shape = (3, *scale.shape)
+    shape = (3, *spectrum.shape)
     noise = [np.random.default_rng([*seeds, k]).normal(size=shape) for k in filters]
     noise = np.stack(noise).astype("float32")
-    return noise / _wave_strength(noise, scale).numpy()
+    return noise / _contrast(noise, spectrum).numpy()
 
 
-def _wave_strength(coefficients, scale):
+def _contrast(coefficients, spectrum):
     """Root mean square of the images that waves add up to, in grey levels: (n, 1, 1, 1).
 
     As the waves are orthogonal, no image need be drawn for it (Parseval's theorem).
     """
-    squares = tf.reduce_sum(_in_rgb(coefficients, scale) ** 2, (2, 3), keepdims=True)
+    squares = tf.reduce_sum(_in_rgb(coefficients, spectrum) ** 2, (2, 3), keepdims=True)
     return tf.sqrt(tf.reduce_mean(squares, 1, keepdims=True)) + 1e-12
 
 
-def _waves_to_image(coefficients, waves, scale):
-    """The sum of waves, (n, 3, waves, waves), as RGB about 0: (n, size, size, 3) float32."""
-    planes = tf.matmul(waves, tf.matmul(_in_rgb(coefficients, scale), waves), transpose_a=True)
+def _sum_of_waves(coefficients, basis, spectrum):
+    """The images, RGB about 0, (n, size, size, 3) float32, that coefficients (n, 3, k, k) make.
+
+    Of each colour: the transposed basis times the waves' strengths times the basis (k, size).
+    """
+    strengths = _in_rgb(coefficients, spectrum)
+    planes = tf.matmul(basis, tf.matmul(strengths, basis), transpose_a=True)
     return tf.transpose(planes, (0, 2, 3, 1))
 
 
-def _in_rgb(coefficients, scale):
+def _in_rgb(coefficients, spectrum):
     """The strengths of the waves in red, green and blue, from their coefficients."""
-    return tf.einsum("ncyx,rc->nryx", scale * coefficients, COLOURS)
+    return tf.einsum("ncyx,rc->nryx", spectrum * coefficients, COLOUR_BASIS)
 
 
 def _bounded(image):
@@ -1266,8 +1292,8 @@ def draw_examples(output, network, patterns, peaks, paths):
             patches.append((patch, f"{peaks.values[k, number]:.2f}"))
         rows.append([(patterns.pictures[number], ""), *patches])
     caption = (
-        f"What fires {convolution}: {len(filters)} of its {convolution.channels} filters, the most "
-        f"selective first\nnumber, pattern, and the patches of {len(paths)} photos that "
+        f"What fires {convolution}: {len(filters)} of its first {len(patterns.fires)} filters, the "
+        f"most selective first\nnumber, pattern, and the patches of {len(paths)} photos that "
         "fire it most, with the activation"
     )
     file = f"conv2d_{convolution.number}_examples.jpg"
@@ -1299,46 +1325,15 @@ def grad_cam(model, photo, layer_name, class_index):
     class. Selvaraju et al., "Grad-CAM" (2017). Raises Stop for a layer that the model lacks.
     """
     network = network_of(model)
-    forward = partial(network.compute, names=[layer_name, LOGITS])
-    (uncut,) = uncut_grad_cam(forward, network.as_batch(photo), np.array([[class_index]]))
-    return np.maximum(0, uncut[0, 0])
-
-
-def uncut_grad_cam(forward, inputs, classes):
-    """Grad-CAM of many photos at once, for k classes each: (n, k, h, w) float32 for each layer.
-
-    Negative values, which grad_cam cuts at 0, are what speaks against a class. Uncut, the map is
-    linear in the logit: the difference of two is that of the difference of their logits.
-
-    forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
-    or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
-    """
-    found = channel_weights(forward, inputs, classes)
-    return [weighted_sum(feature_maps, weights) for feature_maps, weights in found]
-
-
-def channel_weights(forward, inputs, classes):
-    """Grad-CAM's weights of the channels, for k classes of n photos: for each layer a pair.
-
-    Its feature maps (n, h, w, channels), and (n, k, channels), how much each channel raises the
-    logit: its gradient's mean over the positions. The arguments are those of uncut_grad_cam.
-    """
-    with tf.GradientTape(persistent=True) as tape:
-        tape.watch(inputs)
-        *features, logits = forward(inputs)
-        # A photo changes only its own logit, so the gradient of the sum is each photo's own.
-        sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
-    weights = [[] for _ in features]
-    for logit_sum in sums:
-        gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
-        for of_layer, gradient in zip(weights, gradients, strict=True):
-            of_layer.append(tf.reduce_mean(gradient, axis=(1, 2)).numpy())
-    return [(features[k], np.stack(of_layer, axis=1)) for k, of_layer in enumerate(weights)]
-
-
-def weighted_sum(feature_maps, weights):
-    """Feature maps (n, h, w, channels) summed with (n, k, channels) weights: (n, k, h, w)."""
-    return tf.einsum("nhwc,nkc->nkhw", feature_maps, weights).numpy()
+    batch = network.as_batch(photo)
+    with tf.GradientTape() as tape:
+        tape.watch(batch)  # so that all that is computed from it is recorded
+        feature_maps, logits = network.compute(batch, [layer_name, LOGITS])
+        logit = logits[0, class_index]
+    gradient = tape.gradient(logit, feature_maps, unconnected_gradients="zero")
+    weights = tf.reduce_mean(gradient, axis=(1, 2), keepdims=True)  # (1, 1, 1, channels)
+    heatmap = tf.reduce_sum(weights * feature_maps, axis=-1)  # (1, h, w)
+    return np.maximum(0, heatmap[0].numpy())
 
 
 def place_heatmap(heatmap, field, size):
@@ -1404,15 +1399,15 @@ def deletions_of(network, explanation, predict):
 
     predict: see probabilities_without.
     """
-    hottest = placed(network, network.heatmap_layer, explanation.heatmap)
-    heatmaps = [centred_blob(network.input_size), hottest]
+    control = centred_blob(network.input_size)
+    heatmaps = [placed(network, network.heatmap_layer, explanation.heatmap)]
     if explanation.of_all_blocks is not None:
         heatmaps.append(explanation.of_all_blocks)
-    masks = [top_fraction(heatmap) for heatmap in heatmaps]
+    masks = [top_fraction(it) for it in (control, *heatmaps)]
     without = probabilities_without(predict, explanation.pixels, masks)
+    without_central, *without_hottest = without[:, explanation.class_index].tolist()
     before = float(explanation.probabilities[explanation.class_index])
-    central, *hottest = without[:, explanation.class_index].tolist()
-    return [Deletion(before, of_heatmap, central) for of_heatmap in hottest]
+    return [Deletion(before, of_heatmap, without_central) for of_heatmap in without_hottest]
 
 
 def probabilities_without(predict, photo, masks):
@@ -1432,7 +1427,8 @@ def probabilities_without_places(predict, photo):
     photo: Zeiler and Fergus (2013), who cover them in grey. predict: see probabilities_without.
     """
     height, width = photo.shape[:2]
-    row_of, column_of = np.arange(height) * PLACES // height, np.arange(width) * PLACES // width
+    row_of = np.arange(height) * PLACES // height  # of each of the photo's rows of pixels
+    column_of = np.arange(width) * PLACES // width
     places = np.ndindex(PLACES, PLACES)
     masks = [(row_of == row)[:, None] & (column_of == column) for row, column in places]
     without = probabilities_without(predict, photo, masks)
@@ -1477,9 +1473,10 @@ def draw_heatmaps(output, network, explanations):
         ]
         norm = Normalize(0, heatmap.max() or 1)
         if explanation.of_all_blocks is not None:
-            share = explanation.of_all_blocks / (explanation.of_all_blocks.max() or 1)
-            title = "HiResCAM of all blocks,\nas a share of its peak"
-            panels.append(Panel(explanation, title, norm.vmax * share))
+            of_all_blocks = explanation.of_all_blocks
+            title = "HiResCAM of all blocks,\nfrom 0 to its own peak"
+            own_norm = Normalize(0, of_all_blocks.max() or 1)
+            panels.append(Panel(explanation, title, of_all_blocks, norm=own_norm))
         dpi = np.clip(explanation.photo.shape[1] / 3.7, 100, 300)  # the photo's own resolution
         label = f"at {layer}; 0: nothing for {name}"
         save_panels(output / f"CAM_{number}.jpeg", [panels], caption, label, norm, dpi=dpi)
@@ -1505,17 +1502,19 @@ def draw_blocks(output, network, explanation):
 
 
 def draw_mistakes(output, network, explanations):
-    """Draw for up to three mistakes what speaks for each of two classes, and for one rather than
-    the other, in one scale: [Picture].
+    """Draw for up to three photos what speaks for each of two classes, and for one rather than the
+    other, in one scale: [Picture].
 
-    They are the predicted and the true class; without mistakes, the next class and the true one.
+    They are mistakes, with the predicted and the true class. Without mistakes they are the least
+    certain photos, with the most probable other class and the true one.
     """
     most = 3  # rows, so that the picture stays high enough to be read
     mistakes = [explanation for explanation in explanations if explanation.is_mistake][:most]
     layer = network.heatmap_layer
     rows, peak = [], 0
     for it in mistakes or explanations[-most:]:
-        other, own = (it.uncut[layer][k] for k in (it.contrast_index, it.class_index))
+        other = it.uncut[layer][it.contrast_index]
+        own = it.uncut[layer][it.class_index]
         titled = {
             f"for {it.contrast_name}": np.maximum(0, other),
             f"for {it.class_name}": np.maximum(0, own),
@@ -1551,7 +1550,8 @@ def draw_learning(output, network, record):
     kept = int(np.argmin(history["val_loss"])) + 1
     epochs = len(looks["heatmaps"]) - 1  # the first are those before the first epoch
     chosen = np.linspace(0, epochs, min(EPOCHS_SHOWN, epochs + 1)).round().astype(int)
-    chosen[1 + np.abs(chosen[1:] - kept).argmin()] = kept
+    nearest = 1 + np.abs(chosen[1:] - kept).argmin()
+    chosen[nearest] = kept  # which is always shown
     labels, rows = [], []
     for row, (name, encoded) in enumerate(looks["photos"]):
         photo = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
@@ -1559,7 +1559,11 @@ def draw_learning(output, network, record):
         peak = max(heatmap.max() for heatmap in heatmaps.values()) or 1
         pictures = []
         for epoch, heatmap in heatmaps.items():
-            when = {0: "before", kept: f"kept, {kept}"}.get(epoch, f"epoch {epoch}")
+            when = f"epoch {epoch}"
+            if epoch == 0:
+                when = "before"
+            elif epoch == kept:
+                when = f"kept, {epoch}"
             share = placed(network, network.heatmap_layer, heatmap / peak)
             text = f"{when}: {percent(looks['probabilities'][epoch][row])}"
             pictures.append((overlay(photo, share), text))
@@ -1628,11 +1632,11 @@ def factorize(network, feature_maps, count=None):
         nothing = np.zeros((0, feature_maps.shape[-1]), "float32")
         return Concepts(nothing, feature_maps @ nothing.T, explained=0.0, kept=0.0)
     counts = sorted({min(it, most) for it in ([count] if count else CONCEPT_COUNTS)})
-    start = _singular_vectors(activations, counts[-1])
+    left, right = _nndsvd(activations, counts[-1])
     predicted = _logits_of(network, feature_maps).argmax(1)
-    for count in counts:
-        vectors = _non_negative_factor(activations, *(it[:count] for it in start))
-        maps = concept_maps(feature_maps, vectors)
+    for k in counts:
+        vectors = _non_negative_factor(activations, left[:k], right[:k])
+        maps = concept_maps(feature_maps, vectors)  # as in photos that were not factorized
         sums = maps @ vectors
         kept = np.mean(_logits_of(network, sums).argmax(1) == predicted)
         if kept >= CONCEPTS_KEEP:
@@ -1651,7 +1655,7 @@ def concept_maps(feature_maps, vectors, steps=30):
     products, overlaps = feature_maps @ vectors.T, vectors @ vectors.T
     maps = np.maximum(0, products)
     for _ in range(steps):
-        _improve(maps, products, overlaps)
+        _hals_update(maps, products, overlaps)
     return maps
 
 
@@ -1675,7 +1679,9 @@ def concept_shares(model, photo, found, class_index):
 
 def shares_of_classes(weights, vectors, maps):
     """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
-    return weights @ vectors.T * maps.sum((1, 2))[:, None]
+    logit_per_unit = weights @ vectors.T  # (n, classes, k)
+    amount = maps.sum((1, 2))  # (n, k)
+    return logit_per_unit * amount[:, None]
 
 
 def relative_shares(shares, whole):
@@ -1684,7 +1690,8 @@ def relative_shares(shares, whole):
     whole: the sum of the uncut heatmap. What no concept makes up is a share too.
     """
     rest = whole - shares.sum()
-    return shares / max(np.maximum(0, [*shares, rest]).sum(), 1e-12)
+    speaking_for = np.maximum(0, [*shares, rest]).sum()
+    return shares / max(speaking_for, 1e-12)
 
 
 def logit_falls(network, feature_maps, found, concept, class_index):
@@ -1712,15 +1719,16 @@ def class_concepts(survey, class_index):
     of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
     if not len(of_sample):
         return []
-    place = np.argmax(survey.classes[photos] == class_index, axis=1)
-    shares = survey.concept_shares[photos, place].mean(0)
-    relative = relative_shares(shares, survey.uncut[photos, place].sum((1, 2)).mean())
+    rank = np.argmax(survey.classes[photos] == class_index, axis=1)
+    shares = survey.concept_shares[photos, rank].mean(0)
+    whole = survey.uncut[photos, rank].sum((1, 2)).mean()
+    relative = relative_shares(shares, whole)
     strongest = [int(k) for k in most_probable(relative) if relative[k] >= SMALLEST_SHARE]
-    falls = partial(logit_falls, survey.network, of_sample, survey.concepts)
-    return [
-        ClassConcept(k, float(relative[k]), float(falls(concept=k, class_index=class_index).mean()))
-        for k in strongest[:CONCEPTS_A_CLASS]
-    ]
+    found = []
+    for k in strongest[:CONCEPTS_A_CLASS]:
+        falls = logit_falls(survey.network, of_sample, survey.concepts, k, class_index)
+        found.append(ClassConcept(k, float(relative[k]), float(falls.mean())))
+    return found
 
 
 def photos_of_concept(survey, concept):
@@ -1740,7 +1748,9 @@ def draw_concepts(output, survey):
         name = survey.class_names[class_index]
         for concept, share, fall in class_concepts(survey, class_index):
             labels.append(f"{name}\nconcept {concept}\n{percent(share)}\nlogit {-fall:+.1f}")
-            rows.append([_lit(survey, k, concept) for k in photos_of_concept(survey, concept)])
+            rows.append(
+                [_spotlight(survey, k, concept) for k in photos_of_concept(survey, concept)]
+            )
     if not rows:
         return []
     caption = (
@@ -1771,8 +1781,8 @@ def draw_photo_concepts(output, survey, number):
             name = survey.class_names[class_index]
             labels.append(f"for {name}\nconcept {concept}\n{percent(share)}")
             known = [k for k in photos_of_concept(survey, concept) if k != number][:3]
-            here, _ = _lit(survey, number, concept)
-            rows.append([(here, "here"), *(_lit(survey, k, concept) for k in known)])
+            here, _ = _spotlight(survey, number, concept)
+            rows.append([(here, "here"), *(_spotlight(survey, k, concept) for k in known)])
     (concept, share), *_ = strongest[predicted]
     says = survey.class_names[predicted]
     caption = (
@@ -1791,9 +1801,9 @@ def strongest_shares(survey, number, class_index):
     The strongest comes first; what makes up less than SMALLEST_SHARE is left out. The class is one
     of those that have a heatmap.
     """
-    place = survey.classes[number].tolist().index(class_index)
-    shares, whole = survey.concept_shares[number, place], survey.uncut[number, place].sum()
-    relative = relative_shares(shares, whole)
+    rank = survey.classes[number].tolist().index(class_index)
+    whole = survey.uncut[number, rank].sum()
+    relative = relative_shares(survey.concept_shares[number, rank], whole)
     ranking = most_probable(relative)[:CONCEPTS_A_PHOTO]
     return [(int(k), float(relative[k])) for k in ranking if relative[k] >= SMALLEST_SHARE]
 
@@ -1807,15 +1817,15 @@ def _non_negative_factor(activations, left, right):
     """
     weights, vectors = left.T.copy(), right.T.copy()
     for _ in range(FACTORIZATION_STEPS):
-        _improve(weights, activations @ vectors, vectors.T @ vectors)
-        _improve(vectors, activations.T @ weights, weights.T @ weights)
+        _hals_update(weights, activations @ vectors, vectors.T @ vectors)
+        _hals_update(vectors, activations.T @ weights, weights.T @ weights)
         lengths = np.linalg.norm(vectors, axis=0).clip(1e-12)
         vectors /= lengths
         weights *= lengths
     return vectors.T
 
 
-def _improve(weights, products, overlaps):
+def _hals_update(weights, products, overlaps):
     """A step of least squares: each column of (…, k) weights in turn takes its best value >= 0."""
     for k in range(len(overlaps)):
         missing = products[..., k] - weights @ overlaps[k]
@@ -1823,7 +1833,7 @@ def _improve(weights, products, overlaps):
         np.maximum(0, weights[..., k], out=weights[..., k])
 
 
-def _singular_vectors(activations, count):
+def _nndsvd(activations, count):
     """Non-negative (count, n) and (count, channels) to start from.
 
     Of each of the first singular pairs the part, positive or negative, that holds more (NNDSVD,
@@ -1831,15 +1841,20 @@ def _singular_vectors(activations, count):
     """
     same_start = np.ones(min(activations.shape), "float32")
     left, strengths, right = scipy.sparse.linalg.svds(activations, count, v0=same_start)
-    pairs = []
-    for column, strength, row in zip(left.T[::-1], strengths[::-1], right[::-1], strict=True):
-        of_signs = [(np.maximum(0, sign * column), np.maximum(0, sign * row)) for sign in (1, -1)]
-        lengths = [np.linalg.norm(one) * np.linalg.norm(other) for one, other in of_signs]
-        better = int(lengths[1] > lengths[0])
-        one, other = of_signs[better]
-        # A little everywhere: what is 0 is so for no reason that would last.
-        pairs.append((strength * one + 1e-6, other + 1e-6))
-    return tuple(np.stack(parts).astype("float32") for parts in zip(*pairs, strict=True))
+    of_rows, of_columns = [], []
+    for k in np.argsort(-strengths):
+        row, column = _larger_part(left[:, k], right[k])
+        # A little everywhere, as what is 0 on both sides would stay so.
+        of_rows.append(strengths[k] * row + 1e-6)
+        of_columns.append(column + 1e-6)
+    return np.stack(of_rows).astype("float32"), np.stack(of_columns).astype("float32")
+
+
+def _larger_part(row, column):
+    """The positive parts of two vectors, or of their opposites, if these are longer together."""
+    positive = np.maximum(0, row), np.maximum(0, column)
+    negative = np.maximum(0, -row), np.maximum(0, -column)
+    return max(positive, negative, key=lambda pair: np.prod([np.linalg.norm(it) for it in pair]))
 
 
 def _logits_of(network, feature_maps):
@@ -1849,7 +1864,7 @@ def _logits_of(network, feature_maps):
     return logits.numpy()
 
 
-def _lit(survey, number, concept):
+def _spotlight(survey, number, concept):
     """A photo, lit where a concept lies and dark elsewhere: a square tile, and its class's name."""
     network, heatmap = survey.network, survey.concept_maps[number, ..., concept]
     photo = network.read_photo(survey.paths[number])
@@ -1932,7 +1947,8 @@ def draw_pictures(output, survey, explained, patterns, record, progress):
     pictures["heatmaps"] = tell(draw_heatmaps(output, network, shown))
     pictures["blocks"] = tell(draw_blocks(output, network, shown[0]))
     pictures["concepts"] = tell(draw_concepts(output, survey))
-    pictures["concepts"] += tell(draw_photo_concepts(output, survey, _puzzle(survey, explained)))
+    puzzling = _photo_to_take_apart(survey, explained)
+    pictures["concepts"] += tell(draw_photo_concepts(output, survey, puzzling))
     if evaluation:
         pictures["mistakes"] = tell(draw_mistakes(output, network, examples))
         pictures["evaluation"] = tell(draw_evaluation(output, evaluation, record))
@@ -1961,7 +1977,7 @@ def draw_strip(output, network, explanation, patterns):
     return [Picture("strip.jpg", ", ".join(["A photo", *middle, title]))]
 
 
-def _puzzle(survey, explained):
+def _photo_to_take_apart(survey, explained):
     """The number of the photo whose evidence is drawn: an own one, or the worst mistake."""
     numbers = list(explained)
     mistakes = [number for number in numbers if explained[number].is_mistake]
@@ -2605,6 +2621,57 @@ def _union(fields):
     return ReceptiveField(tuple(centre), fields[0].stride, tuple(size))
 
 
+# ---- Grad-CAM of many photos ---------------------------------------------------------------------
+
+
+def uncut_grad_cam(forward, inputs, classes):
+    """Grad-CAM of many photos at once, for k classes each: (n, k, h, w) float32 for each layer.
+
+    Negative values, which grad_cam cuts at 0, are what speaks against a class. Uncut, the map is
+    linear in the logit: the difference of two is that of the difference of their logits.
+
+    forward: a function of the inputs, a tensor (n, …), that returns the feature maps of one layer
+    or more, (n, h, w, channels), and then the logits. classes: (n, k) indices.
+    """
+    found = channel_weights(forward, inputs, classes)
+    return [weighted_sum(feature_maps, weights) for feature_maps, weights in found]
+
+
+def channel_weights(forward, inputs, classes):
+    """Grad-CAM's weights of the channels, for k classes of n photos: for each layer a pair.
+
+    Its feature maps (n, h, w, channels), and (n, k, channels), how much each channel raises the
+    logit: its gradient's mean over the positions. The arguments are those of uncut_grad_cam.
+    """
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(inputs)
+        *features, logits = forward(inputs)
+        # A photo changes only its own logit, so the gradient of the sum is each photo's own.
+        sums = [tf.reduce_sum(tf.gather(logits, column, batch_dims=1)) for column in classes.T]
+    weights = [[] for _ in features]
+    for logit_sum in sums:
+        gradients = tape.gradient(logit_sum, features, unconnected_gradients="zero")
+        for of_layer, gradient in zip(weights, gradients, strict=True):
+            of_layer.append(tf.reduce_mean(gradient, axis=(1, 2)).numpy())
+    return [(features[k], np.stack(of_layer, axis=1)) for k, of_layer in enumerate(weights)]
+
+
+def weighted_sum(feature_maps, weights):
+    """Feature maps (n, h, w, channels) summed with (n, k, channels) weights: (n, k, h, w)."""
+    return tf.einsum("nhwc,nkc->nkhw", feature_maps, weights).numpy()
+
+
+def heatmaps_of(network, photos, labels):
+    """[(probability, (h, w) heatmap)] of the true classes of (n, height, width, 3) photos."""
+    last = network.heatmap_layer
+    (feature_maps,) = network.compute(photos, [last])
+    from_features = partial(network.compute, names=[last, LOGITS], start=last)
+    _, logits = from_features(feature_maps)
+    probabilities = network.to_probabilities(logits).numpy()[np.arange(len(labels)), labels]
+    (uncut,) = uncut_grad_cam(from_features, feature_maps, labels[:, None])
+    return list(zip(probabilities.tolist(), np.maximum(0, uncut[:, 0]), strict=True))
+
+
 # ---- Checkpoints, and the machine ----------------------------------------------------------------
 
 METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
@@ -2716,17 +2783,6 @@ class Checkpoints(keras.callbacks.Callback):
             return
         message = f"--resume: no epoch in {folder} can be read."
         raise Stop(f"{message}\nLeave out --resume to start a new run.")
-
-
-def heatmaps_of(network, photos, labels):
-    """[(probability, (h, w) heatmap)] of the true classes of (n, height, width, 3) photos."""
-    last = network.heatmap_layer
-    (feature_maps,) = network.compute(photos, [last])
-    from_features = partial(network.compute, names=[last, LOGITS], start=last)
-    _, logits = from_features(feature_maps)
-    probabilities = network.to_probabilities(logits).numpy()[np.arange(len(labels)), labels]
-    (uncut,) = uncut_grad_cam(from_features, feature_maps, labels[:, None])
-    return list(zip(probabilities.tolist(), np.maximum(0, uncut[:, 0]), strict=True))
 
 
 def prepare_libraries():
@@ -2876,6 +2932,7 @@ class Panel:
     title: str = ""
     heatmap: np.ndarray | None = None  # (h, w), over the whole photo
     field: ReceptiveField | None = None  # of its positions: these are shown, without the photo
+    norm: Normalize | None = None  # its own scale, where that is not the figure's
 
 
 @figure_style
@@ -2899,9 +2956,11 @@ def save_panels(path, rows, title, label, norm, colours=HEATMAP_COLOURS, dpi=100
     figure = Figure(figsize=(14, figure_height))
     figure.text(gap / 14, 1 - gap / figure_height, title, va="top", fontsize=14)
     for panel, place in places:
-        drawn = _draw_panel(_axes_at(figure, place), panel, norm, colours)
+        _draw_panel(_axes_at(figure, place), panel, panel.norm or norm, colours)
     bar_axes = _axes_at(figure, (12.2, top, 0.25, bar_height))
-    bar = figure.colorbar(drawn, cax=bar_axes, label=_wrap(label, bar_height))
+    label = _wrap(label, bar_height)
+    scale = ScalarMappable(norm, colours)
+    bar = figure.colorbar(scale, cax=bar_axes, label=label, alpha=OVERLAY_OPACITY)
     bar.formatter.set_powerlimits((-2, 3))  # short numbers, also for small heatmaps
     bar.ax.set_facecolor("0.5")  # a photo's mean grey, on which the overlay's colours lie
     _save_figure(path, figure, dpi, cut=False)
@@ -3014,7 +3073,7 @@ def save_confusion_matrix(path, evaluation):
     side = 0.8 if few else 20 / classes
     figure = Figure(figsize=(3.5 + side * classes, 2.5 + side * classes), layout="constrained")
     axes = figure.subplots()
-    photos = np.maximum(1, evaluation.photos[:, None])
+    photos = np.maximum(1, evaluation.photo_counts[:, None])
     drawn = axes.imshow(counts / photos, cmap="Blues_r", vmin=0, vmax=1)
     size = min(13, 55 * side)  # points
     axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
@@ -3106,7 +3165,7 @@ def _title_picture(title, width):
 
 
 def _draw_panel(axes, panel, norm, colours):
-    """Draw a panel on matplotlib axes; return what a colour bar needs, None without a heatmap."""
+    """Draw a panel on matplotlib axes."""
     photo = panel.explanation.photo
     height, width = photo.shape[:2]
     extent = (0, width, height, 0)
@@ -3114,7 +3173,6 @@ def _draw_panel(axes, panel, norm, colours):
     photo = cv2.resize(photo, (min(width, 1200), min(height, 1200)), interpolation=cv2.INTER_AREA)
     axes.set_title(panel.title, loc="left")
     axes.set_axis_off()
-    drawn = None
     if panel.heatmap is None:
         axes.imshow(photo, extent=extent)
     else:
@@ -3127,7 +3185,6 @@ def _draw_panel(axes, panel, norm, colours):
         drawn.set_interpolation("nearest" if panel.field else "bilinear")
     axes.set_aspect(_shown_aspect(panel.explanation.photo) * width / height)
     axes.set(xlim=(0, width), ylim=(height, 0))
-    return drawn
 
 
 def _positions_extent(panel):
@@ -3212,7 +3269,9 @@ def evaluation_report(evaluation):
         measured = "(each class by itself, called so from 0.5 up)"
     lines = [f"Test: loss {evaluation.loss:.4f} {measured}"]
     lines.append(f"{'class':{width}}  precision  recall  photos")
-    columns = zip(names, evaluation.precision, evaluation.recall, evaluation.photos, strict=True)
+    columns = zip(
+        names, evaluation.precision, evaluation.recall, evaluation.photo_counts, strict=True
+    )
     for name, precision, recall, count in columns:
         precision, recall = share_text(precision), share_text(recall)
         lines.append(f"{name:{width}}  {precision:>9}  {recall:>6}  {count:6}")
@@ -3232,7 +3291,7 @@ def accuracy_text(evaluation):
     count = len(evaluation.labels)
     text = f"{percent(evaluation.accuracy)} of {count:,} test photos"
     text += f" ({100 * low:.0f} to {percent(high)})"
-    if differ_in_size(evaluation.photos):
+    if differ_in_size(evaluation.photo_counts):
         text += f", {percent(evaluation.balanced_accuracy)} where all classes count alike"
     return text
 
@@ -3495,7 +3554,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     surveyed = []
     for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
         feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
-        of_batch = _look(network, feature_maps, labels[numbers], found)
+        of_batch = _what_the_head_makes(network, feature_maps, labels[numbers], found)
         surveyed.append(of_batch | {"peaks": peaks})
     back = np.argsort(np.concatenate([sample, others]))
     joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
@@ -3577,7 +3636,7 @@ def _concept_sample(network, labels, seed):
     return np.random.default_rng(seed).permutation(known)[: min(CONCEPT_PHOTOS, fitting)]
 
 
-def _look(network, feature_maps, labels, found):
+def _what_the_head_makes(network, feature_maps, labels, found):
     """What the head makes of feature maps, (n, h, w, channels): {field of a Survey: array}."""
     # From the last layer with positions on, which is handed through: nothing before it need be
     # computed again.
@@ -3790,7 +3849,7 @@ def _warnings_about(evaluation):
     found = []
     if evaluation and evaluation.is_no_better_than_chance:
         found.append("⚠ It does no better than chance: its pictures show little learning.")
-    fewest = min(evaluation.photos) if evaluation else math.inf
+    fewest = min(evaluation.photo_counts) if evaluation else math.inf
     if fewest < FEW_PHOTOS:
         found.append(f"⚠ A class has only {fewest} test photos: each changes the result by much.")
     return found
