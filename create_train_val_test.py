@@ -16,7 +16,7 @@ every file where it went and why. With --check, the parts of a set that others h
 searched for copies, and nothing is written.
 
 The first half is the chapter, in the order of a run. The second half, the workshop, can be skipped:
-what both scripts share, how two pictures are compared, and the options.
+what both scripts share, and how two pictures are compared.
 """
 
 import argparse
@@ -40,17 +40,15 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-
-import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
 
 SPLITS = ("train", "validation", "test")
 # With fewer photos of a class in validation or test, one is over ten percent of its accuracy.
 FEW = 10
 THUMBNAIL = 32  # pixels, the side of what copies are found by
-WAITING = "waiting"  # the folder in which photos wait for their split until copies are found
+BUILDING = ".split.building"  # the hidden folder in which a split is built
+WAITING = "waiting"  # the folder in it where photos wait for their split until copies are found
 
 
 def main(options):
@@ -72,6 +70,44 @@ def main(options):
     report(photos, classes, options)
     show_next_step(options.output)
 
+
+# ---- Options, which are read before the libraries load: --help need not wait ---------------------
+
+
+def parse_options(words=None):
+    """The options of the command line, or of these words. Ends the process where they are wrong."""
+    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
+    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    add = parser.add_argument
+    folder, size = {"type": Path, "metavar": "DIR"}, {"type": _share, "metavar": "SHARE"}
+    source = "one folder of photos per class (default: flowers)"
+    add("source", nargs="?", type=Path, default="flowers", metavar="SOURCE", help=source)
+    add("--output", **folder, default=".", help="where the three folders go (default: here)")
+    add("--val-size", **size, default=0.15, help="of the photos (default: 0.15)")
+    add("--test-size", **size, default=0.2, help="of what validation leaves (default: 0.2)")
+    seed = "another seed, another split (default: 0)"
+    add("--seed", type=int, default=0, metavar="N", help=seed)
+    copies = "what are copies: what looks the same, or the same bytes only (default: similar)"
+    add("--copies", choices=("similar", "identical"), default="similar", help=copies)
+    add("--overwrite", action="store_true", help="replace the split that is in DIR")
+    add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
+    add("--link", action="store_true", help="make hard links instead of copies")
+    return parser.parse_args(words)
+
+
+def _share(word):
+    if not 0.01 <= float(word) <= 0.99:
+        raise argparse.ArgumentTypeError(f"{word} is none from 0.01 to 0.99, such as 0.15")
+    return float(word)
+
+
+if __name__ == "__main__":
+    OPTIONS = parse_options()
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's would wait for each other
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+from PIL import Image, ImageOps, PngImagePlugin  # noqa: E402
 
 # ---- The files of SOURCE -------------------------------------------------------------------------
 
@@ -116,12 +152,9 @@ def list_files(source):
     try:
         folders = {name: class_folders(source / name) for name in class_folders(source)}
         # The Kaggle download once held the whole set a second time, as flowers/flowers.
-        nested = [name for name in folders if len(folders.keys() & folders[name]) >= 2]
-        classes = [name for name in folders if name not in nested]
-        photos = [Photo(name) for name in _names_in(source) if name not in classes]
-        for photo in photos:
-            is_nested = photo.source in nested
-            photo.problem = "is a nested copy of the whole set" if is_nested else "is in no class"
+        classes = [name for name in folders if len(folders.keys() & folders[name]) < 2]
+        names = _in_order(path.name for path in source.iterdir())
+        photos = [Photo(name, problem="is in no class") for name in names if name not in classes]
         for name in classes:
             photos += _photos_in(source, name, name)
     except OSError as error:  # it is missing, or a file, or may not be read
@@ -145,26 +178,23 @@ def copy_photos(photos, building, options):
         pass
 
 
-def _names_in(folder):
-    """The names of all that is in a folder, in an order that depends on no locale."""
-    return sorted((path.name for path in folder.iterdir()), key=raw_name)
-
-
 def _photos_in(source, below, class_name):
     """A Photo for every file of the class in source/below; those of one folder there stay together.
 
     A link to a folder is not followed, as it may lead in a circle.
     """
-    photos, folders = [], class_folders(source / below)
-    for name in _names_in(source / below):
-        place = f"{below}/{name}"
-        if name in folders and not (source / place).is_symlink():
-            files = (path for path in (source / place).rglob("*") if not path.is_dir())
-            names = sorted((path.relative_to(source).as_posix() for path in files), key=raw_name)
-            photos += [Photo(file, class_name, place) for file in names]
-        else:
-            photos.append(Photo(place, class_name))
+    paths = (source / below).rglob("*")
+    files = [path for path in paths if path.is_symlink() or not path.is_dir()]
+    photos = []
+    for place in _in_order(path.relative_to(source).as_posix() for path in files):
+        folder, slash, _ = place.removeprefix(f"{below}/").partition("/")
+        photos.append(Photo(place, class_name, f"{below}/{folder}" if slash else ""))
     return photos
+
+
+def _in_order(names):
+    """Names sorted in an order that depends on no locale."""
+    return sorted(names, key=raw_name)
 
 
 def _refuse_what_is_no_set_of_classes(source, classes, folders):
@@ -207,8 +237,8 @@ def _examine(photo, source):
     try:
         if any(map(is_hidden, Path(photo.source).parts)):
             raise ValueError("is hidden")
-        if path.is_file() and not is_photo(path):
-            raise ValueError(f"is of type {path.suffix or 'none'} and holds no photo")
+        if path.is_file() and not is_photo(path):  # such as a film, which need not be read
+            raise ValueError(NO_PHOTO)
         data = _read_bytes(path)
         photo.sha256 = hashlib.sha256(data).hexdigest()
         grey, photo.note = decode(data, at_least=2 * THUMBNAIL, mode="L")
@@ -223,12 +253,12 @@ def _examine(photo, source):
 # ---- Copies of one picture -----------------------------------------------------------------------
 # Three looks, each closer than the one before. The outlines of all photos are correlated with those
 # of all others, also mirrored and turned, in a matrix product; then at their best small shift, turn
-# or stretch (the tangent distance of Simard, LeCun and Denker, 1993). The thumbnails of those pairs
+# or zoom (the tangent distance of Simard, LeCun and Denker, 1993). The thumbnails of those pairs
 # that are left are aligned. Where they agree, both photos are read once more, aligned and compared
 # block by block: two shirts on one sheet have one outline in one place, but not the same folds.
 
 MIN_OUTLINE_CORRELATION = 0.8
-MIN_TANGENT_CORRELATION = 0.92
+MIN_TANGENT_CORRELATION = 0.915
 REACH = 32  # pairs of a photo to look at; more would take quadratic time
 
 
@@ -239,22 +269,26 @@ def outlines(thumbnails):
     """
     fine, coarse = _blur(1.5), _blur(4)
     grey = thumbnails.astype(np.float32)
-    found = fine @ grey @ fine.T - coarse @ grey @ coarse.T
-    lengths = np.linalg.norm(found, axis=(1, 2), keepdims=True)
-    return found / np.maximum(lengths, 1e-3)
+    return _of_length_1(fine @ grey @ fine.T - coarse @ grey @ coarse.T)
 
 
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
-    for one, others, turns in _correlated(found):
-        tangents, closeness = _tangents(found[one]), np.zeros(len(others))
-        for turn in set(turns.tolist()):
-            basis = turned(tangents, turn).reshape(7, -1)
-            closeness[turns == turn] = np.linalg.norm(basis @ flat[others[turns == turn]].T, axis=0)
-        best = np.argsort(-closeness, kind="stable")[:REACH]
-        best = best[closeness[best] >= MIN_TANGENT_CORRELATION]
-        pairs += [(one, int(others[index]), int(turns[index])) for index in best]
+    tangents_of = lru_cache(4096)(lambda index: _tangents(found[index]))
+    for one, others in _correlated(found):
+        views = in_all_turns(found[one]).reshape(8, -1, 1)
+        moved = in_all_turns(tangents_of(one)).reshape(8, -1, flat.shape[1])
+        theirs = np.stack([tangents_of(other).reshape(len(moved[0]), -1) for other in others])
+        # Of the two, moved a little, either may come nearer to the other: (8, others).
+        there = np.linalg.norm(moved @ flat[others].T, axis=1)
+        back = np.linalg.norm(theirs @ views[:, None], axis=(2, 3))
+        closeness = np.maximum(there, back)
+        best = np.argsort(-closeness, axis=None, kind="stable")[:REACH]
+        best = best[closeness.flat[best] >= MIN_TANGENT_CORRELATION]
+        turns, places = np.unravel_index(best, closeness.shape)
+        chosen = np.stack([others[places], turns], axis=1).tolist()
+        pairs += [(one, other, turn) for other, turn in chosen]
     return pairs
 
 
@@ -285,18 +319,22 @@ def star_groups(count, pairs):
     """Group the numbers below `count`: each group is one of them, and all that are paired with it.
 
     It is no chain in which each resembles the next: in that way all frames of a video would be
-    copies of each other. The number with the most pairs comes first.
+    copies of each other. The number with the most pairs comes first; one of which all others of its
+    pairs are in groups already joins one of these.
     """
     alike = [set() for _ in range(count)]
     for one, other in pairs:
         alike[one].add(other)
         alike[other].add(one)
-    ungrouped, groups = set(range(count)), []
-    for hub in sorted(ungrouped, key=lambda index: (-len(alike[index]), index)):
-        if hub in ungrouped:
-            groups.append(sorted({hub} | (alike[hub] & ungrouped)))
-            ungrouped.difference_update(groups[-1])
-    return groups
+    groups, group_of = [], {}
+    for hub in sorted(range(count), key=lambda index: (-len(alike[index]), index)):
+        if hub not in group_of:
+            free = alike[hub] - group_of.keys()
+            group = [] if free or not alike[hub] else group_of[min(alike[hub])]
+            groups += [] if group else [group]
+            group += [hub, *free]
+            group_of |= dict.fromkeys([hub, *free], group)
+    return [sorted(group) for group in groups]
 
 
 def find_copies(photos, source, only_identical=False):
@@ -339,14 +377,19 @@ def join_groups(photos):
         if photo.folder and not photo.problem:
             folders.setdefault(photo.folder, []).append(photo)
     for relatives in (*(photo.copies for photo in photos), *folders.values()):
-        parts = {id(photo.together): photo.together for photo in relatives}
-        joined = list(itertools.chain.from_iterable(parts.values()))
+        parts = _distinct(photo.together for photo in relatives)
+        joined = list(itertools.chain.from_iterable(parts))
         for photo in joined:
             photo.together = joined
-    groups = {id(photo.together): photo.together for photo in photos if len(photo.together) > 1}
-    for number, group in enumerate(groups.values(), start=1):
+    groups = _distinct(photo.together for photo in photos if len(photo.together) > 1)
+    for number, group in enumerate(groups, start=1):
         for photo in group:
             photo.group = number
+
+
+def _distinct(groups):
+    """The lists, each of them once."""
+    return list({id(group): group for group in groups}.values())
 
 
 def _blur(sigma):
@@ -357,37 +400,34 @@ def _blur(sigma):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+def _of_length_1(pictures):
+    """(n, side, side) pictures, so scaled that the product of two is their correlation."""
+    lengths = np.linalg.norm(pictures, axis=(1, 2), keepdims=True)
+    return pictures / np.maximum(lengths, 1e-3)
+
+
 def _correlated(found):
-    """Yield (one, others, turns): the later ones that it correlates with when it is turned so."""
-    small = found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4))
-    lengths = np.linalg.norm(small, axis=(1, 2), keepdims=True)
-    small = small / np.maximum(lengths, 1e-3)
-    flat = small.reshape(len(small), -1)
-    for start in range(0, len(small), 256):
-        likely = []
-        for turn in range(8):
-            block = turned(small[start : start + 256], turn).reshape(-1, flat.shape[1])
-            correlations = block @ flat[start:].T
-            places = np.flatnonzero(correlations >= MIN_OUTLINE_CORRELATION)
-            rows, others = np.divmod(places, correlations.shape[1])
-            is_later = others > rows  # each pair once, and no photo with itself
-            likely.append((rows[is_later], others[is_later], np.full(is_later.sum(), turn)))
-        rows, others, turns = map(np.concatenate, zip(*likely, strict=True))
-        order = np.argsort(rows, kind="stable")
-        ones, begins = np.unique(rows[order], return_index=True)
-        for one, places in zip(ones.tolist(), np.split(order, begins)[1:], strict=True):
-            yield start + one, start + others[places], turns[places]
+    """Yield (one, others): the later ones of (n, 16, 16) outlines that it is like in any turn."""
+    small = _of_length_1(found.reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4)))
+    flat = small.reshape(-1, 64)
+    for start in range(0, len(small), 64):
+        views = in_all_turns(small[start : start + 64])  # (8, 64, 8, 8)
+        correlations = views.reshape(-1, 64) @ flat[start:].T
+        is_like = correlations.reshape(8, -1, len(flat) - start) >= MIN_OUTLINE_CORRELATION
+        is_like = np.triu(is_like.any(axis=0), 1)  # each pair once, and no photo with itself
+        for row in np.flatnonzero(is_like.any(axis=1)).tolist():
+            yield start + row, start + np.flatnonzero(is_like[row])
 
 
 def _tangents(outline):
-    """What a (16, 16) outline becomes when shifted, turned or stretched a little: (7, 16, 16).
+    """What a (16, 16) outline becomes when shifted, enlarged or turned a little: (5, 16, 16).
 
-    The seven are of length 1 and at right angles. The length of another outline's projection on
+    The five are of length 1 and at right angles. The length of another outline's projection on
     them is its correlation with the most similar of all that they add up to.
     """
     down, right = np.gradient(outline)
     y, x = np.mgrid[-1:1:16j, -1:1:16j].astype(np.float32)
-    moved = [outline, down, right, y * down, x * down, y * right, x * right]
+    moved = [outline, down, right, y * down + x * right, x * down - y * right]
     basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(-1, len(moved)))
     return basis.T.reshape(len(moved), *outline.shape)
 
@@ -424,7 +464,7 @@ def assign_splits(photos, classes, options):
     """
     for name in classes:
         usable = [photo for photo in photos if photo.class_name == name and not photo.problem]
-        groups = list({id(photo.together): photo.together for photo in usable}.values())
+        groups = _distinct(photo.together for photo in usable)
         sizes = split_sizes(len(usable), options.val_size, options.test_size)
         if len(groups) < len(SPLITS) or not all(sizes.values()):
             left_out = [photo for photo in photos if photo.class_name == name and photo.problem]
@@ -436,24 +476,18 @@ def assign_splits(photos, classes, options):
 
 def _too_small(name, usable, groups, left_out, options):
     """The message for a class that cannot fill three splits."""
-    needed = next(
-        count
-        for count in itertools.count(3)
-        if all(split_sizes(count, options.val_size, options.test_size).values())
+    sizes = (split_sizes(n, options.val_size, options.test_size) for n in itertools.count())
+    needed = next(sum(size.values()) for size in sizes if all(size.values()))
+    lack = f"has {len(usable)} usable photos; three splits need {needed}"
+    missing = needed - len(usable)
+    if missing <= 0:
+        lack = f"its {len(usable)} photos are only {len(groups)} groups of copies and folders"
+        missing = len(SPLITS) - len(groups)
+    example = printable(f" {left_out[0].source}: {left_out[0].problem}." if left_out else "")
+    return (
+        f"class {printable(name)}: {lack}, so {missing} more.{example}\nAdd photos to it, remove "
+        "it, or choose larger --val-size and --test-size, or --copies identical."
     )
-    ways = ["Add photos to it", "remove it"]
-    if len(usable) < needed:
-        lack = f"has {len(usable)} usable photos; three splits need {needed}, "
-        lack += f"so {needed - len(usable)} more."
-        ways.append("choose larger --val-size and --test-size")
-    else:
-        lack = f"its {len(usable)} photos are only {len(groups)} groups of copies and folders; "
-        lack += f"three splits need {len(SPLITS)}, so {len(SPLITS) - len(groups)} more."
-    if left_out:
-        lack += printable(f" {left_out[0].source}: {left_out[0].problem}.")
-    if options.copies == "similar" and any(len(photo.copies) > 1 for photo in usable + left_out):
-        ways.append("count only identical files as copies with --copies identical")
-    return f"class {printable(name)}: {lack}\n{', '.join(ways[:-1])}, or {ways[-1]}."
 
 
 # ---- All or nothing ------------------------------------------------------------------------------
@@ -462,7 +496,6 @@ def _too_small(name, usable, groups, left_out, options):
 # the rest into place. All old folders leave before the first new one comes, so that old and new
 # never stand side by side.
 
-BUILDING = ".split.building"
 RESULTS = (*SPLITS, "split.csv")
 
 
@@ -470,8 +503,8 @@ def refuse_overlap(source, classes, output):
     """Raise Stop if the splits would land among the source's photos or take their place."""
 
     def inside(path, folder):  # compared as files, as some systems take "Flowers" for "flowers"
-        parts = [part for part in (path.resolve(), *path.resolve().parents) if part.exists()]
-        return folder.exists() and any(part.samefile(folder) for part in parts)
+        places = (path.resolve(), *path.resolve().parents)
+        return any(p.samefile(folder) for p in places if p.exists() and folder.exists())
 
     place = printable(output)
     if inside(output, source):
@@ -572,7 +605,7 @@ def check_split(options):
     for _ in map_photos(photos, partial(_examine, source=source), "Checking"):
         pass
     find_copies(photos, source, only_identical=options.copies == "identical")
-    groups = list({id(photo.copies): photo.copies for photo in photos}.values())
+    groups = _distinct(photo.copies for photo in photos)
     leaks = [group for group in groups if len({photo.split for photo in group}) > 1]
     conflicts = [group for group in groups if group[0].in_conflict]
     damaged = [photo for photo in photos if photo.problem and not photo.in_conflict]
@@ -605,13 +638,13 @@ def _list_split(source):
                 f"{printable(source)}: is not split into parts with the same classes.\n{remedy}"
             )
         photos = []
-        for part, name in [(part, name) for part, names in parts.items() for name in names]:
-            found = _photos_in(source, f"{part}/{name}", name)
-            for photo in found:
-                photo.split = part
-            photos += found
+        for part, names in parts.items():
+            for name in names:
+                photos += _photos_in(source, f"{part}/{name}", name)
     except OSError as error:
         raise Stop(f"{printable(error.filename)}: {error.strerror}.\n{LAYOUT}") from error
+    for photo in photos:
+        photo.split = photo.source.partition("/")[0]
     return photos
 
 
@@ -644,11 +677,6 @@ def report(photos, classes, options):
 
 def show_next_step(output):
     """Print the command that trains on the split."""
-    # Where Keras keeps InceptionV3's weights without the top once they are downloaded.
-    weights = "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
-    keras_home = os.path.expanduser(os.environ.get("KERAS_HOME", "~/.keras"))  # noqa: PTH111
-    if not Path(keras_home, "models", weights).exists():
-        print("ImageNet's weights (88 MB) are downloaded first; --quick can do without them.")
     training = beside_this_script("model_training_and_visualization.py")
     print(f"Next: {pasteable('python', training, '--data', output)}")
 
@@ -663,7 +691,7 @@ def _print_table(counts, classes):
 
 
 # ==================================================================================================
-# The workshop, which can be skipped: what both scripts share, two pictures compared, the options.
+# The workshop, which can be skipped: what both scripts share, and two pictures compared.
 # ==================================================================================================
 
 # ---- What both scripts share: how a run ends, and printing ---------------------------------------
@@ -718,7 +746,8 @@ def run(main):
     _open_missing_streams()
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters about a photo is said by name
     try:
-        with _unwound_by_sigterm():
+        # SIGTERM unwinds as Ctrl-C does, so that what is half written is removed.
+        with _on_signals([signal.SIGTERM], lambda *_: sys.exit(143)):
             result = main()
             sys.stdout.flush()
         return result
@@ -757,33 +786,25 @@ def _open_missing_streams():
 
 
 @contextlib.contextmanager
-def _unwound_by_sigterm():
-    """Let SIGTERM unwind the block as Ctrl-C does, so that what is half written is removed."""
+def _on_signals(numbers, handler):
+    """Let `handler` take these signals during the block, if they can interrupt this thread."""
     if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        if before is not None:  # which no Python code has set, and none can set again
-            signal.signal(signal.SIGTERM, before)  # as the process of a notebook lives on
+        for number, earlier in before.items():  # as the process of a notebook lives on
+            signal.signal(number, earlier or signal.SIG_DFL)  # none if no Python code has set it
 
 
 @contextlib.contextmanager
 def ctrl_c_waits():
     """Put Ctrl-C and SIGTERM off to the end of the block, which must not be left half done."""
-    if threading.current_thread() is not threading.main_thread():  # which alone can be interrupted
-        yield
-        return
     came = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
-    try:
+    with _on_signals((signal.SIGINT, signal.SIGTERM), lambda number, _: came.append(number)):
         yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler or signal.SIG_DFL)  # none if no Python code has set it
     for number in came[:1]:
         signal.raise_signal(number)
 
@@ -827,16 +848,11 @@ def map_photos(photos, function, description):
 
 # The still pictures that Pillow decodes without starting another program. What is inside counts,
 # whatever the suffix says: web photos often carry a wrong one, or none.
-KNOWN_BY_CONTENT = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "PPM", "JPEG2000", "QOI")
-# A camera's raw file is a TIFF too, of which Pillow would see a stamp; the others have hardly
-# anything to be known by.
-KNOWN_BY_SUFFIX = ("TIFF", "DIB", "TGA", "ICO", "PCX", "SGI")
-PHOTO_FORMATS = KNOWN_BY_CONTENT + KNOWN_BY_SUFFIX
-PHOTO_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".tif", ".tiff", ".webp", ".avif", ".gif", ".jp2", ".j2k", ".tga", ".qoi", ".ico", ".pcx"),
-    *(".sgi", ".mpo", ".apng"),
+PHOTO_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI", "PSD", "DIB"),
+    *("ICO", "CUR", "ICNS", "DDS", "PCX", "SGI", "SUN", "MSP", "XBM", "XPM", "FITS", "TGA"),
 )
+NO_PHOTO = "holds no photo"
 MAX_PIXELS = 90_000_000  # that are decoded; a JPEG of more is decoded at a smaller scale
 # Pillow refuses what has over twice as many, and may not fit into memory.
 Image.MAX_IMAGE_PIXELS = 250_000_000
@@ -850,13 +866,13 @@ def is_hidden(name):
 
 
 def is_photo(path):
-    """Whether a file has the suffix of a photo, or else begins as one."""
-    if path.suffix.lower() in PHOTO_SUFFIXES:
+    """Whether a file has the suffix of a photo, even if it is damaged, or else begins as one."""
+    if Image.registered_extensions().get(path.suffix.lower()) in PHOTO_FORMATS:
         return True
     try:
         if not path.is_file():  # a FIFO would keep its reader waiting
             return False
-        with Image.open(path, formats=KNOWN_BY_CONTENT):
+        with Image.open(path, formats=PHOTO_FORMATS):
             return True
     except Exception:  # each of Pillow's decoders has its own ways to fail
         return False
@@ -864,14 +880,7 @@ def is_photo(path):
 
 def class_folders(folder):
     """The sorted names of the visible folders in `folder`: its classes."""
-
-    def is_folder(entry):
-        try:
-            return entry.is_dir()
-        except OSError:  # a link that leads in a circle
-            return False
-
-    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return [name for name in names if not is_hidden(name)]
 
 
@@ -901,7 +910,7 @@ def decode(data, at_least=None, mode="RGB"):
     except Image.DecompressionBombError:
         reason = f"is too large, over {MAX_PIXELS:,} pixels"
     except Image.UnidentifiedImageError:
-        reason = "is no image that can be read" if data else "is empty"
+        reason = NO_PHOTO if data else "is empty"
     except Exception as error:  # each of Pillow's decoders has its own ways to fail
         reason = f"is damaged or cut off ({error})"
     raise ValueError(reason)
@@ -1019,13 +1028,13 @@ def _remove_partial_files(path):
 
 # ---- Two pictures compared -----------------------------------------------------------------------
 # Two pictures are laid on each other as by Evangelidis and Psarakis, "Parametric Image Alignment
-# Using Enhanced Correlation Coefficient Maximization" (2008). OpenCV is loaded only where there are
-# likely copies, as it takes a while.
+# Using Enhanced Correlation Coefficient Maximization" (2008).
 
-MIN_THUMBNAIL_CORRELATION = 0.84
-# Of the blocks with detail a share may differ, as a watermark covers some, and the others must
-# correlate: more closely where the pictures lie on each other as they are.
-IN_PLACE, ALIGNED = (0.27, 0.955), (0.2, 0.87)
+MIN_THUMBNAIL_CORRELATION = 0.8
+# Of the blocks with detail a share may differ, and the others must correlate: the more closely the
+# larger that share is, as under a watermark.
+AGREEMENT = {0.2: 0.85, 0.3: 0.97}
+IN_PLACE = np.eye(2, 3, dtype=np.float32)  # the map that moves nothing
 CLOSE_SIZE, BLOCK = 128, 16  # pixels, the sides of the photos that are compared and of a block
 MIN_CONTRAST = 2.0  # grey levels of 255 (standard deviation) of a block that has detail
 WHITE = 250  # from where a brighter copy may have lost its detail
@@ -1050,6 +1059,11 @@ def turned(pictures, turn):
     return np.ascontiguousarray(pictures)
 
 
+def in_all_turns(pictures):
+    """All eight turns of square pictures (…, side, side): (8, …, side, side)."""
+    return np.stack([turned(pictures, turn) for turn in range(8)])
+
+
 def without_frame(image):
     """A picture without a frame of one colour and about one width around it."""
     top = np.asarray(image.crop((0, 0, image.width, 1)).convert("L"), np.int16)[0]
@@ -1060,11 +1074,11 @@ def without_frame(image):
     rows, columns = (np.flatnonzero(is_picture.mean(axis=axis) > 0.2) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return image
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    widths = np.abs(np.subtract(box, (0, 0, *image.size)))
-    within = np.subtract(box[2:], box[:2]) >= np.multiply(image.size, 1 - 2 * MAX_FRAME)
-    is_frame = 0 < widths.max() <= 3 * widths.min() and within.all()
-    return image.crop(tuple(map(int, box))) if is_frame else image
+    ends = (image.width - 1 - columns[-1], image.height - 1 - rows[-1])
+    widths = tuple(map(int, (columns[0], rows[0], *ends)))
+    is_even = 0 < max(widths) <= 3 * min(widths)
+    is_frame = is_even and max(widths) <= MAX_FRAME * min(image.size)
+    return ImageOps.crop(image, widths) if is_frame else image
 
 
 def close_view(path):
@@ -1075,17 +1089,13 @@ def close_view(path):
 
 
 def align_thumbnails(one, other):
-    """The map of _align for two thumbnails that agree when they are aligned, else None."""
+    """The map of _align for two thumbnails that agree, aligned or as they are, else None."""
     details = [_detail(grey, 0.55, 2) for grey in (one, other)]
-
-    def agreement(warp):
-        inside = _moved(np.full_like(one, 255), warp) == 255
-        return _correlations(details[0][inside], _moved(details[1], warp)[inside])
-
-    in_place = np.eye(2, 3, dtype=np.float32)
-    aligned = _align(one, other, in_place)
-    best = max((in_place, aligned) if aligned is not None else (in_place,), key=agreement)
-    return best if agreement(best) >= MIN_THUMBNAIL_CORRELATION else None
+    for warp in (_align(one, other, IN_PLACE), IN_PLACE):
+        moved, inside = _laid_on(details[1], warp)
+        if _correlations(details[0][inside], moved[inside]) >= MIN_THUMBNAIL_CORRELATION:
+            return warp
+    return None
 
 
 def look_closer(one, other, start):
@@ -1094,54 +1104,46 @@ def look_closer(one, other, start):
     start: the map of align_thumbnails. They are compared as they are first, as an alignment may
     lose its way where there is fine texture.
     """
-    import cv2
-
     one, other = (np.ascontiguousarray(view.transpose(1, 2, 0)) for view in (one, other))
     grey_one, grey_other = (cv2.cvtColor(view, cv2.COLOR_RGB2GRAY) for view in (one, other))
-
-    def compare(warp, limits):
-        inside = _moved(np.full_like(grey_one, 255), warp) == 255
-        is_same = _same_detail(grey_one, _moved(grey_other, warp), inside, *limits)
-        return is_same, is_same and _same_colours(one, _moved(other, warp), inside)
-
-    result = compare(np.eye(2, 3, dtype=np.float32), IN_PLACE)
-    if not result[0]:
-        scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
-        warp = _align(grey_one, grey_other, start * scale)
-        result = result if warp is None else compare(warp, ALIGNED)
-    return result
+    scale = np.array([1, 1, CLOSE_SIZE / THUMBNAIL], np.float32)
+    for warp in (IN_PLACE, _align(grey_one, grey_other, start * scale)):
+        moved, inside = _laid_on(other, warp)
+        if _same_detail(grey_one, cv2.cvtColor(moved, cv2.COLOR_RGB2GRAY), inside):
+            return True, _same_colours(one, moved, inside)
+    return False, False
 
 
 def _align(one, other, start):
     """The (2, 3) affine map by which one square grey picture shows what the other one shows.
 
-    The search begins at `start`. None if it fails, or would stretch or turn too much.
+    The search begins at `start`, which is the answer if it fails, or would stretch or turn too
+    much.
     """
-    import cv2
-
     until = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, ALIGN_STEPS, 1e-3)
     try:
         _, warp = cv2.findTransformECC(one, other, start.copy(), cv2.MOTION_AFFINE, until, None, 5)
     except cv2.error:  # it does not converge, as where one of them is plain
-        return None
+        return start
     is_near = np.abs(warp[:, :2] - np.eye(2)).max() <= MAX_STRETCH
-    overlap = _moved(np.full_like(one, 255), warp).mean() / 255
-    return warp if is_near and overlap >= MIN_OVERLAP else None
+    _, inside = _laid_on(other, warp)
+    return warp if is_near and inside.mean() >= MIN_OVERLAP else start
 
 
-def _moved(picture, warp):
-    """A picture moved by a map of _align; 0 where nothing comes from."""
-    import cv2
+def _laid_on(picture, warp):
+    """A square picture moved by a map of _align, and where it then reaches: (side, side) bool."""
+    size, flags = picture.shape[:2], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved, reach = (
+        cv2.warpAffine(pixels, warp, size, flags=flags)
+        for pixels in (picture, np.full(size, 255, np.uint8))
+    )
+    return moved, reach == 255
 
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(picture, warp, picture.shape[:2], flags=flags)
 
-
-def _same_detail(one, other, inside, share, least):
+def _same_detail(one, other, inside):
     """Whether the blocks with fine detail agree in two aligned (128, 128) grey pictures.
 
-    inside: where both are, as (128, 128) bool; share: of the blocks that may differ; least: the
-    correlation of the others.
+    inside: where both are, as (128, 128) bool.
     """
     first, second = (_blocks(_detail(grey, 1, 4)) for grey in (one, other))
     contrasts = np.maximum(first.std(axis=1), second.std(axis=1))
@@ -1150,13 +1152,12 @@ def _same_detail(one, other, inside, share, least):
     if has_detail.sum() < MIN_BLOCKS:
         return False
     correlations = _correlations(first[has_detail], second[has_detail])
-    return bool(np.quantile(correlations, share) >= least)
+    quantiles = np.quantile(correlations, list(AGREEMENT))
+    return bool((quantiles >= list(AGREEMENT.values())).any())
 
 
 def _detail(grey, fine, coarse):
     """The difference of a picture's two blurs, of so many pixels each."""
-    import cv2
-
     grey = grey.astype(np.float32)
     return cv2.GaussianBlur(grey, (0, 0), fine) - cv2.GaussianBlur(grey, (0, 0), coarse)
 
@@ -1177,8 +1178,6 @@ def _correlations(one, other):
 
 def _same_colours(one, other, inside):
     """Whether one (128, 128, 3) picture may be the other one tinted, or with less or no colour."""
-    import cv2
-
     tints = []
     for picture in (one, other):
         smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 2)
@@ -1189,53 +1188,5 @@ def _same_colours(one, other, inside):
     return bool(_correlations(*tints) >= MIN_TINT_CORRELATION)
 
 
-# ---- Options -------------------------------------------------------------------------------------
-
-
-def parse_options(words=None):
-    """Read and check the command line, or the words of one."""
-    summary = (__doc__ or "").partition("\n")[0]  # python -OO drops it
-    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="?",
-        type=Path,
-        default="flowers",
-        metavar="SOURCE",
-        help="one folder of photos per class (default: flowers)",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=".",
-        metavar="DIR",
-        help="where the three folders go (default: here)",
-    )
-    add("--val-size", type=float, default=0.15, help="share of the photos (default: 0.15)")
-    add(
-        "--test-size",
-        type=float,
-        default=0.2,
-        help="share of what validation leaves (default: 0.2)",
-    )
-    add("--seed", type=int, default=0, help="another seed, another split (default: 0)")
-    add(
-        "--copies",
-        choices=("similar", "identical"),
-        default="similar",
-        help="what are copies: what looks the same, or the same bytes only (default: similar)",
-    )
-    add("--overwrite", action="store_true", help="replace the split that is in DIR")
-    add("--check", action="store_true", help="look for copies in SOURCE, which is split already")
-    add("--link", action="store_true", help="make hard links instead of copies")
-    options = parser.parse_args(words)
-    for option, size in (("--val-size", options.val_size), ("--test-size", options.test_size)):
-        if not 0.01 <= size <= 0.99:
-            remedy = "Choose one from 0.01 to 0.99, such as 0.15."
-            raise Stop(f"{option} {size}: is no share of the photos.\n{remedy}")
-    return options
-
-
 if __name__ == "__main__":
-    run(lambda: main(parse_options()))
+    run(partial(main, OPTIONS))
