@@ -1394,20 +1394,19 @@ class Deletion(NamedTuple):
     without_central: float  # the control: a part of the same size in the middle
 
 
-def deletions_of(network, explanation, predict):
-    """The Deletion of a photo's heatmap, and that of its heatmap of all blocks, where it has one.
+def deletions_of(predict, photo, before, heatmaps, classes):
+    """The Deletion of each of some heatmaps of a photo, each for a class of its own.
 
-    predict: see probabilities_without.
+    predict: see probabilities_without. photo: (height, width, 3) as the model sees it. before: its
+    (classes,) probabilities. heatmaps: (height, width) each, over the whole photo.
     """
-    control = centred_blob(network.input_size)
-    heatmaps = [placed(network, network.heatmap_layer, explanation.heatmap)]
-    if explanation.of_all_blocks is not None:
-        heatmaps.append(explanation.of_all_blocks)
+    control = centred_blob(photo.shape[:2])
     masks = [top_fraction(it) for it in (control, *heatmaps)]
-    without = probabilities_without(predict, explanation.pixels, masks)
-    without_central, *without_hottest = without[:, explanation.class_index].tolist()
-    before = float(explanation.probabilities[explanation.class_index])
-    return [Deletion(before, of_heatmap, without_central) for of_heatmap in without_hottest]
+    without_central, *without_hottest = probabilities_without(predict, photo, masks)
+    return [
+        Deletion(float(before[k]), float(without[k]), float(without_central[k]))
+        for k, without in zip(classes, without_hottest, strict=True)
+    ]
 
 
 def probabilities_without(predict, photo, masks):
@@ -1461,9 +1460,11 @@ def draw_heatmaps(output, network, explanations):
     pictures = []
     for number, explanation in enumerate(explanations, start=1):
         heatmap, name = explanation.heatmap, explanation.class_name
-        caption = f"{explanation.name}: {explanation.verdict}.\n{deletion_caption(explanation)}"
-        if len(explanation.deletions) > 1:
-            caption += f"\nBy all blocks: {deletion_caption(explanation, 1)}"
+        worth = deletion_caption(name, explanation.deletions.get(explanation.class_index))
+        caption = f"{explanation.name}: {explanation.verdict}.\n{worth}"
+        if explanation.deletion_of_all_blocks:
+            worth = deletion_caption(name, explanation.deletion_of_all_blocks)
+            caption += f"\nBy all blocks: {worth}"
         height, width = heatmap.shape
         title, over = f"Grad-CAM for {name}, {height} × {width}", f"laid over the photo, for {name}"
         panels = [
@@ -3346,12 +3347,10 @@ def verdict(class_names, probabilities, true_index, is_multi_label=False):
     return f"{said}; its class is {class_names[true_index]}, {share}"
 
 
-def deletion_caption(explanation, number=0):
-    """A Deletion in words, that of the heatmap, or that of its number among the deletions."""
-    name = explanation.class_name
-    if not explanation.deletions:
+def deletion_caption(name, deletion):
+    """The Deletion of a heatmap for a class of this name, in words; None where it is empty."""
+    if deletion is None:
         return f"Nothing speaks for {name}: the heatmap is empty."
-    deletion = explanation.deletions[number]
     _, without_hottest, without_central = deletion
     # A heatmap is worth something if more is lost with what it marks than with the middle.
     judgement = "No better than a guess here."
@@ -3374,7 +3373,8 @@ def deletion_summary(explanations, which="photos"):
 
     which: what these photos are called.
     """
-    found = np.array([it.deletions[0] for it in explanations if it.deletions])
+    of_each = [it.deletions.get(it.class_index) for it in explanations]
+    found = np.array([deletion for deletion in of_each if deletion])
     if not len(found):
         return ""
     before, without_hottest, without_central = found.T
@@ -3420,8 +3420,10 @@ class Explanation:
     true_index: int | None  # None: not known
     # {layer: {class index: (h, w) uncut Grad-CAM}}; the last is the model's last with positions
     uncut: dict
+    # {class index: Deletion}, of the class explained and of the predicted one; no empty heatmaps
+    deletions: dict
     of_all_blocks: np.ndarray | None = None  # see heatmap_of_all_blocks; None where not asked for
-    deletions: tuple = ()  # of the heatmap, and of that of all blocks; none where it is empty
+    deletion_of_all_blocks: Deletion | None = None
     is_multi_label: bool = False
 
     @property
@@ -3571,25 +3573,36 @@ def explain(survey, number, by_block=True):
     by_block: with heatmaps at the end of each block, too, and that of all blocks.
     """
     network, path, label = survey.network, survey.paths[number], int(survey.labels[number])
-    pixels = survey.read(path)
+    pixels, probabilities = survey.read(path), survey.probabilities[number]
     of_blocks = _uncut_by_block(survey, number) if by_block else {}
-    explanation = Explanation(
+    of_last = survey.uncut_of(number)
+    explained = int(survey.class_indices[number])
+    heatmaps = {
+        k: placed(network, network.heatmap_layer, np.maximum(0, of_last[k]))
+        for k in (explained, int(probabilities.argmax()))
+        if (of_last[k] > 0).any()
+    }
+    classes, maps = list(heatmaps), list(heatmaps.values())
+    of_all_blocks = None
+    if by_block and explained in heatmaps:
+        of_all_blocks = heatmap_of_all_blocks(network, pixels, explained)
+        classes, maps = [*classes, explained], [*maps, of_all_blocks]
+    deletions = []
+    if maps:
+        deletions = deletions_of(survey.predict, pixels, probabilities, maps, classes)
+    return Explanation(
         name=survey.name(number),
         photo=network.read_photo(path) if by_block else pixels,
         pixels=pixels,
         class_names=survey.class_names,
-        probabilities=survey.probabilities[number],
+        probabilities=probabilities,
         true_index=None if label < 0 else label,
-        uncut=of_blocks | {network.heatmap_layer: survey.uncut_of(number)},
+        uncut=of_blocks | {network.heatmap_layer: of_last},
+        deletions=dict(zip(heatmaps, deletions, strict=False)),
+        of_all_blocks=of_all_blocks,
+        deletion_of_all_blocks=None if of_all_blocks is None else deletions[-1],
         is_multi_label=network.is_multi_label,
     )
-    if not explanation.heatmap.any():
-        return explanation
-    if by_block:
-        heatmap = heatmap_of_all_blocks(network, pixels, explanation.class_index)
-        explanation = replace(explanation, of_all_blocks=heatmap)
-    deletions = deletions_of(network, explanation, survey.predict)
-    return replace(explanation, deletions=tuple(deletions))
 
 
 def explain_chosen(survey):
@@ -3920,7 +3933,7 @@ def _photo_facts(output, survey, explained, stored, listed, progress):
         photo |= _photo_entry(survey, k)
         if k in explained:
             heatmaps = _heatmap_entries(list(explained[k].uncut.values()))
-            photo |= {"heatmaps": heatmaps, "worth": deletion_caption(explained[k])}
+            photo |= {"heatmaps": heatmaps, "worth": _worth_entries(explained[k])}
             if explained[k].of_all_blocks is not None:
                 photo["all_blocks"] = _all_blocks_entry(explained[k])
         if k in covered:
@@ -3936,8 +3949,17 @@ def _all_blocks_entry(explanation):
     """The heatmap of all blocks, of few enough values for the page, its class and its worth."""
     sides = (ALL_BLOCKS_SIDE, ALL_BLOCKS_SIDE)
     small = cv2.resize(explanation.of_all_blocks, sides, interpolation=cv2.INTER_AREA)
-    worth = deletion_caption(explanation, 1)
+    worth = deletion_caption(explanation.class_name, explanation.deletion_of_all_blocks)
     return {"class": explanation.class_index, "map": _encoded(small)[0], "worth": worth}
+
+
+def _worth_entries(explanation):
+    """[class, sentence] on the heatmaps of the class explained and of the predicted one."""
+    classes = dict.fromkeys([explanation.class_index, int(explanation.probabilities.argmax())])
+    return [
+        [k, deletion_caption(explanation.class_names[k], explanation.deletions.get(k))]
+        for k in classes
+    ]
 
 
 def _doubtful_first(survey):

@@ -235,15 +235,16 @@ class Known:
         known.pixels = changed
         return known.probabilities
 
-    def deletion(self):
-        """The probability of the explained class: as it is, without the hottest fifth, and without
-        a central one."""
-        heatmap = self.heatmap(self.explained_class)
+    def deletion(self, class_index=None):
+        """The probability of a class, by default the explained one: as it is, without the hottest
+        fifth, and without a central one."""
+        class_index = self.explained_class if class_index is None else class_index
+        heatmap = self.heatmap(class_index)
         hottest = top_fifth(placed(heatmap))
         rows, columns = np.indices((HEIGHT, WIDTH))
         central = top_fifth(-np.hypot(rows - (HEIGHT - 1) / 2, columns - (WIDTH - 1) / 2))
         masks = np.zeros((HEIGHT, WIDTH), bool), hottest, central
-        return [float(self.with_blurred(mask)[self.explained_class]) for mask in masks]
+        return [float(self.with_blurred(mask)[class_index]) for mask in masks]
 
 
 def placed(heatmap):

@@ -174,11 +174,12 @@ def write_run(folder):
     against_rose = [(0, np.zeros((3, 5))), (3.0, [[0, 0, 255], [0, 0, 0]])]
     rose = heatmap(1, (5.0, FINE_ROSE), (2.5, ROSE), against=against_rose)
     daisy = heatmap(0, (1.0, FINE_DAISY), (5.0, DAISY))
-    photos[0] |= {"heatmaps": [rose, daisy], "worth": "Better for rose by 0.12."}
+    photos[0] |= {"heatmaps": [rose, daisy], "worth": [[1, "Better for rose by 0.12."]]}
     all_of_daisy = {"class": 0, "map": encoded([[0, 51], [255, 0]]), "worth": "For daisy by 0.56."}
     photos[0]["all_blocks"] = all_of_daisy
     nothing = heatmap(0, (0, np.zeros((3, 5))), (0, np.zeros((2, 3))))
-    photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing], "worth": "A guess for daisy: 0.34."}
+    photos[1] |= {"heatmaps": [rose | {"class": 1}, nothing]}
+    photos[1]["worth"] = [[0, "A guess for daisy: 0.34."], [1, "Better for rose by 0.78."]]
     photos[1]["covered"] = encoded(COVERED)
     patterns = write_sheet(folder, "patterns.png", 4, 4, 3, gap=2, border=4, title=15)
     patterns |= {
@@ -354,6 +355,10 @@ def test_the_evidence_for_both_classes_is_told_concept_by_concept(visit):
     assert widths[0] > 1.5 * widths[1]
     page.point('#evidence a[href="#concept=0"]')
     assert facts(page.text("#evidence-text")) == ["0", "20", "rose"]
+    page = visit("photo=1")  # which has an empty heatmap for daisy
+    told = page.each("#evidence a", "ariaLabel")
+    assert ["outweighed" in text for text in told] == ["daisy" in text for text in told]
+    assert any("daisy" in text for text in told)
 
 
 def test_a_concept_is_lit_on_the_photo_and_leads_to_those_that_hold_most_of_it(visit):
@@ -361,6 +366,8 @@ def test_a_concept_is_lit_on_the_photo_and_leads_to_those_that_hold_most_of_it(v
     assert page.eval("document.querySelector('#concept').hidden")
     page.click('#evidence a[href="#concept=0"]')
     assert address(page)["concept"] == "0" and address(page)["photo"] == "0"
+    bottom = "document.querySelector('#lit').getBoundingClientRect().bottom <= innerHeight"
+    assert page.eval(bottom)
     told = page.text("#concept-text")
     assert facts(told) == ["0", "rose", "62", "4.5", "tulip", "30", "1.25"]
     # Photo 3, 0 itself not again, and 8, which cannot be chosen.
@@ -414,7 +421,7 @@ def names(numbers):
 
 def shown(page):
     """The name of the photo on show."""
-    return page.text("#verdict").split(":")[0]
+    return page.text("#verdict .note").strip()
 
 
 def facts(text):
@@ -560,6 +567,9 @@ def test_a_photo_is_shown_with_what_the_model_says_of_it(visit):
         assert address(page)["photo"] == str(number)
         if number == 0:
             assert page.text("#worth") == "Better for rose by 0.12."
+        elif number == 1:  # of the class that it says, and of the one compared
+            told = ["Better for rose by 0.78.", "A guess for daisy: 0.34."]
+            assert page.text("#worth").splitlines() == told
         else:
             assert "first 2 photos only" in page.text("#worth")
 
@@ -826,12 +836,14 @@ def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
             page.click("#step-on")
     assert answers[0].startswith("It says rose, 80\xa0%; it is daisy")
     assert answers[1] == (
-        "It is highest for rose: 2.5 at row 2, column 2 of coarse. A guess for daisy: 0.34."
+        "It is highest for rose: 2.5 at row 2, column 2 of coarse. Better for rose by 0.78."
     )
     assert "rose: up to 2.5 at row 2, column 2" in answers[2]
     assert "daisy: down to −2 at row 1, column 3" in answers[2]
     assert "row 2, column 1 of the photo: rose 80\xa0% → 40\xa0%." in answers[3]
     assert answers[4].startswith("70\xa0% of what speaks for rose is concept 1")
+    page.click("#told a")
+    assert address(page)["concept"] == "1" and page.eval("$('concept').checkVisibility()")
     assert "rose/z.jpg: cosine 0.93" in answers[4] and "daisy/w.jpg: cosine 0.5" in answers[4]
     page.click("#tour [href='#tour=']")
     assert not page.eval("$('tour').checkVisibility()") and "tour" not in address(page)

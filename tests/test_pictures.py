@@ -179,18 +179,8 @@ def test_a_filter_is_selective_where_five_photos_stand_out_not_where_one_does():
 def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
     without_hottest, without_central, judgement, digits
 ):
-    maps = {"maps": {k: np.ones((2, 2), "float32") for k in range(2)}}
-    explanation = study.Explanation(
-        name="a.jpg",
-        photo=np.zeros((2, 2, 3), "uint8"),
-        pixels=np.zeros((2, 2, 3), "uint8"),
-        class_names=["daisy", "rose"],
-        probabilities=np.array([0.9, 0.1]),
-        true_index=0,
-        uncut=maps,
-        deletions=(study.Deletion(0.9, without_hottest, without_central),),
-    )
-    words = study.deletion_caption(explanation)
+    deletion = study.Deletion(0.9, without_hottest, without_central)
+    words = study.deletion_caption("daisy", deletion)
     assert judgement in words and "daisy" in words
     numbers = [f"{value:.{digits}f}" for value in (0.9, without_hottest, without_central)]
     places = [words.index(number) for number in dict.fromkeys(numbers)]
@@ -208,7 +198,8 @@ def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_p
         true_index=0,
         uncut={"maps": {k: np.ones((2, 2), "float32") for k in range(2)}},
         of_all_blocks=np.ones((2, 2), "float32"),
-        deletions=(study.Deletion(0.9, 0.21, 0.55), study.Deletion(0.9, 0.78, 0.55)),
+        deletions={0: study.Deletion(0.9, 0.21, 0.55)},
+        deletion_of_all_blocks=study.Deletion(0.9, 0.78, 0.55),
     )
     (picture,) = study.draw_heatmaps(tmp_path, network, [explanation])
     of_last_layer, of_all_blocks = picture.caption.split("\n")[1:]
