@@ -1393,6 +1393,11 @@ class Deletion(NamedTuple):
     without_hottest: float  # where the heatmap is highest
     without_central: float  # the control: a part of the same size in the middle
 
+    @property
+    def is_better(self):
+        """Whether the probability falls, and further than without the control."""
+        return self.without_hottest < min(self.before, self.without_central) - DELETION_MARGIN
+
 
 def deletions_of(predict, photo, before, heatmaps, classes):
     """The Deletion of each of some heatmaps of a photo, each for a class of its own.
@@ -3352,11 +3357,10 @@ def deletion_caption(name, deletion):
     if deletion is None:
         return f"Nothing speaks for {name}: the heatmap is empty."
     _, without_hottest, without_central = deletion
-    # A heatmap is worth something if more is lost with what it marks than with the middle.
     judgement = "No better than a guess here."
-    if without_hottest < without_central - DELETION_MARGIN:
+    if deletion.is_better:
         judgement = "Better than a guess here."
-    elif without_hottest < without_central + DELETION_MARGIN:
+    elif abs(without_hottest - without_central) < DELETION_MARGIN:
         judgement = "The same as a guess here."
     part = _deleted_part()
     # A third digit where two would hide which of them is lower.
@@ -3374,11 +3378,11 @@ def deletion_summary(explanations, which="photos"):
     which: what these photos are called.
     """
     of_each = [it.deletions.get(it.class_index) for it in explanations]
-    found = np.array([deletion for deletion in of_each if deletion])
-    if not len(found):
+    found = [deletion for deletion in of_each if deletion]
+    if not found:
         return ""
-    before, without_hottest, without_central = found.T
-    better = np.mean(without_hottest < without_central - DELETION_MARGIN)
+    before, without_hottest, without_central = np.array(found).T
+    better = np.mean([deletion.is_better for deletion in found])
     falls = [np.mean(before - without) for without in (without_hottest, without_central)]
     part = _deleted_part()
     return (

@@ -174,9 +174,10 @@ def test_a_filter_is_selective_where_five_photos_stand_out_not_where_one_does():
         (0.5, 0.2, "No better", 2),
         (0.495, 0.5, "The same", 2),
         (0.498, 0.502, "The same", 3),
+        (0.95, 0.97, "No better", 2),  # than 0.9 as it is: nothing falls
     ],
 )
-def test_a_heatmap_is_judged_by_its_control_not_by_the_photo_as_it_is(
+def test_a_heatmap_is_judged_by_its_control_and_by_whether_anything_falls(
     without_hottest, without_central, judgement, digits
 ):
     deletion = study.Deletion(0.9, without_hottest, without_central)
