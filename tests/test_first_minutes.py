@@ -168,6 +168,14 @@ def test_what_is_given_beside_quick_wins():
         study.parse_options(["--quick", "--skip-training"])
 
 
+def test_a_model_is_saved_as_keras_and_drawn_from_older_files_too():
+    for suffix in (".keras", ".h5", ".hdf5"):
+        words = ["--model", f"my{suffix}"]
+        assert study.parse_options(["--skip-training", *words]).model.suffix == suffix
+        with contextlib.nullcontext() if suffix == ".keras" else pytest.raises(SystemExit):
+            study.parse_options(words)
+
+
 @pytest.mark.filterwarnings("ignore:Even though the")
 def test_a_quick_run_without_a_network_trains_from_scratch(split_flowers, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "")

@@ -711,6 +711,15 @@ def test_a_model_that_is_fed_other_pixels_than_it_was_trained_on_is_told(
             assert told.endswith(f": add --pixels {pixels}\n")
 
 
+def test_concepts_are_found_in_photos_of_known_class_where_there_are_any(dark_and_bright):
+    paths, _ = dark_and_bright
+    network = study.Network(brightness_model("0..255"))
+    survey = study.survey_photos(network, paths[:5], [None, 0, None, 1, 1], ["dark", "bright"])
+    assert sorted(survey.sample) == [2, 3, 4]  # own photos come first
+    survey = study.survey_photos(network, paths[:3], None, ["dark", "bright"])
+    assert sorted(survey.sample) == [0, 1, 2]
+
+
 def test_a_few_photos_more_that_are_right_are_taken_for_chance(dark_and_bright, capsys):
     paths, _ = dark_and_bright
     # The right pixels get 14 + 14 photos right, the wrong ones, which are all bright, 24.

@@ -844,6 +844,9 @@ def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
     assert answers[4].startswith("70\xa0% of what speaks for rose is concept 1")
     page.click("#told a")
     assert address(page)["concept"] == "1" and page.eval("$('concept').checkVisibility()")
+    page.click("#thumbnails a:nth-child(3)")
+    assert not page.eval("$('answer').open")  # that of another photo
+    page.click(f"#thumbnails [aria-label^='{PHOTOS[1][0]}']")
     assert "rose/z.jpg: cosine 0.93" in answers[4] and "daisy/w.jpg: cosine 0.5" in answers[4]
     page.click("#tour [href='#tour=']")
     assert not page.eval("$('tour').checkVisibility()") and "tour" not in address(page)
@@ -1264,8 +1267,12 @@ def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
     page.wait("[...document.images].every((it) => it.complete)")  # nothing moves any more
     page.eval("$('reliability').scrollIntoView()")
     _, full, _ = page.colours("#bins .count", 0.5, 0.2)
-    _, empty, _ = page.colours("#bins .count", 0.5, 0.6)
-    assert near(full, (154, 52, 18)) and near(empty, (250, 248, 244))
+    all_right, empty, _ = page.colours("#bins .count", 0.5, 0.6)
+    assert (
+        near(all_right, (154, 52, 18))
+        and near(full, (154, 52, 18))
+        and near(empty, (250, 248, 244))
+    )
     assert page.eval("$('table').href.split('/').at(-1)") == "predictions.csv"
     page = visit(change=lambda run: run.update(reliability=None))
     assert not page.eval("$('reliability').checkVisibility()")
@@ -1450,6 +1457,8 @@ def test_a_photo_that_is_asked_for_is_in_the_list(visit):
     page = visit("photo=6&true=daisy")
     assert shown(page) == PHOTOS[6][0] and len(listed(page)) == 8
     assert PHOTOS[6][0] in page.text("#word") and page.eval("$('true').value") == ""
+    page = visit("photo=6&result=wrong")  # which is right
+    assert shown(page) == PHOTOS[6][0] and len(listed(page)) == 8
     page = visit("photo=8")
     assert shown(page) == PHOTOS[8][0]
     page.choose("#bars input:nth-child(1)", "daisy")

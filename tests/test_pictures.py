@@ -24,6 +24,31 @@ def two_channel_model(kernel, bias=(0.0, 0.0)):
 PHOTO = np.array([[[8, 0, 9], [4, 4, 9]], [[0, 8, 9], [2, 0, 9]]], "uint8")
 
 
+# ---- Grids, and the photos of a filter -----------------------------------------------------------
+
+
+def test_a_channel_of_one_hot_pixel_has_full_colour_there_and_black_elsewhere():
+    photo = keras.Input((20, 20, 3))
+    faint = layers.Conv2D(1, 1, use_bias=False, name="faint")
+    scores = layers.Dense(2)(layers.GlobalAveragePooling2D()(faint(photo)))
+    model = keras.Model(photo, layers.Softmax()(scores))
+    faint.set_weights([np.full((1, 1, 3, 1), 1e-4)])
+    pixels = np.zeros((20, 20, 3), "uint8")
+    pixels[5, 10] = 100  # 0.03 of activation
+    sheet = study.activation_grid(model, pixels, "faint")
+    side = (sheet.shape[0] - 2 * study.TILE_GAP) / 20
+    middles = np.round(study.TILE_GAP + (np.arange(20) + 0.5) * side - 0.5).astype(int)
+    found = sheet[np.ix_(middles, middles)].astype(int)
+    assert np.abs(found[5, 10] - [255, 227, 77]).max() <= 2
+    assert np.delete(found.reshape(400, 3), 5 * 20 + 10, axis=0).max() <= 2
+
+
+def test_photos_on_which_a_filter_does_not_fire_are_none_of_its_best():
+    values = np.array([[0.0], [2.0], [0.0], [3.0]])
+    peaks = study.Peaks(values, np.zeros((4, 1, 2), int))
+    assert study.top_photos(peaks, 0) == [3, 1]
+
+
 # ---- Grad-CAM ------------------------------------------------------------------------------------
 
 
@@ -186,6 +211,13 @@ def test_a_heatmap_is_judged_by_its_control_and_by_whether_anything_falls(
     numbers = [f"{value:.{digits}f}" for value in (0.9, without_hottest, without_central)]
     places = [words.index(number) for number in dict.fromkeys(numbers)]
     assert places == sorted(places)
+
+
+def test_the_heatmap_of_all_blocks_weighs_what_speaks_for_and_against_at_each_position():
+    # For class 1 red speaks with 2, green against it with 1: 16, 4, -8 and 4.
+    model = two_channel_model([[0, 2], [0, -1]])
+    found = study.heatmap_of_all_blocks(model, PHOTO, 1)
+    np.testing.assert_allclose(found, [[1, 4 / 16], [0, 4 / 16]], atol=1e-6)
 
 
 def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_path):

@@ -754,6 +754,29 @@ def test_after_nan_the_best_epoch_is_named_not_the_last(tmp_path):
     assert str(checkpoints.file_of(2)) not in str(stop.value) and stop.value.exit_code == 1
 
 
+def test_a_photo_is_decoded_at_least_as_large_as_the_longer_side_that_the_model_takes():
+    asked = []
+
+    def decode(path, at_least):
+        asked.append(at_least)
+        return np.zeros((90, 90, 3), "uint8")
+
+    assert study.photo_reader((20, 60), decode)("a.jpg").shape == (20, 60, 3)
+    assert asked == [60]
+
+
+def test_the_last_two_epochs_stay_each_with_the_best_one_by_then(tmp_path):
+    checkpoints = study.Checkpoints(tmp_path, {})
+    model = small_model()
+    model.compile("adam", "categorical_crossentropy")
+    checkpoints.set_model(model)
+    for epoch, loss in enumerate([1.0, 0.5, 0.9, 0.8, 0.4]):
+        checkpoints.on_epoch_end(epoch, dict.fromkeys(study.METRICS, loss))
+    # 4 is the last but one, by which 2 was the best; 5 is the last, and the best.
+    stay = {checkpoints.file_of(epoch) for epoch in (2, 4, 5)}
+    assert set(tmp_path.iterdir()) == stay
+
+
 def test_checkpoints_are_sorted_by_their_epoch(tmp_path):
     checkpoints = study.Checkpoints(tmp_path, {})
     names = [checkpoints.file_of(epoch).name for epoch in (2, 9, 10, 99, 100)]
