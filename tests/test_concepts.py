@@ -52,8 +52,9 @@ def test_the_fewest_concepts_are_taken_that_keep_the_predicted_classes():
     # Eight groups of channels, each a class of its own: six concepts cannot tell them all.
     vectors = groups(8, 16)
     network, kernel, bias = linear_network(16, 8, kernel=100 * vectors.T)
-    strengths = np.eye(8)[np.arange(80) % 8][:, None, None] * np.ones((1, 3, 3, 1))
-    feature_maps = (strengths @ vectors).astype("float32")
+    # Of unlike strengths, as the singular vectors of like ones could be any mixture of them.
+    strengths = np.diag(np.linspace(1, 2, 8))[np.arange(80) % 8][:, None, None]
+    feature_maps = (strengths * np.ones((1, 3, 3, 1)) @ vectors).astype("float32")
     found = study.factorize(network, feature_maps)
     assert len(found.vectors) == 10 and found.kept == 1
     six = study.factorize(network, feature_maps, count=6)

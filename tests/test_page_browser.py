@@ -424,6 +424,12 @@ def shown(page):
     return page.text("#verdict .note").strip()
 
 
+def let_pictures_load(page):
+    """Wait until all pictures are there, so that nothing moves any more."""
+    page.eval("document.querySelectorAll('img').forEach((it) => { it.loading = 'eager'; })")
+    page.wait("[...document.images].every((it) => it.complete)")
+
+
 def facts(text):
     """The photos, classes, layers and numbers that a text names, in its order."""
     named = ["\\w+/\\w.jpg", *CLASSES, "fine", "coarse", "conv_\\d", "activation_\\d"]
@@ -1263,8 +1269,7 @@ def test_how_sure_it_is_stands_beside_how_often_it_is_right(visit):
     boxes = page.boxes("#bins .count")
     assert [box[2] / boxes[2][2] for box in boxes] == pytest.approx([0.25, 0.75, 1], abs=0.01)
     assert "0.123" in page.text("#calibration") and "6 bins" in page.text("#calibration")
-    page.eval("document.querySelectorAll('img').forEach((it) => { it.loading = 'eager'; })")
-    page.wait("[...document.images].every((it) => it.complete)")  # nothing moves any more
+    let_pictures_load(page)
     page.eval("$('reliability').scrollIntoView()")
     _, full, _ = page.colours("#bins .count", 0.5, 0.2)
     all_right, empty, _ = page.colours("#bins .count", 0.5, 0.6)
@@ -1593,6 +1598,7 @@ def test_the_gallery_is_a_list_that_opens(visit):
     page = visit()
     visible = "document.querySelector('#pictures img').checkVisibility()"
     assert not page.eval(visible)
+    let_pictures_load(page)
     page.click("#gallery > summary")
     assert page.text("#pictures li") == "The first picture" and not page.eval(visible)
     page.click("#pictures summary")
