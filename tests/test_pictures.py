@@ -1,9 +1,11 @@
 """What the three techniques return for a photo: heatmaps, and sheets of channels."""
 
 import keras
+import matplotlib
 import numpy as np
 import pytest
 from keras import layers
+from PIL import Image
 from scipy import ndimage
 
 import model_training_and_visualization as study
@@ -230,7 +232,7 @@ def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_p
         probabilities=np.array([0.9, 0.1]),
         true_index=0,
         uncut={"maps": {k: np.ones((2, 2), "float32") for k in range(2)}},
-        of_all_blocks=np.ones((2, 2), "float32"),
+        of_all_blocks=np.full((2, 2), 0.5, "float32"),
         deletions={0: study.Deletion(0.9, 0.21, 0.55)},
         deletion_of_all_blocks=study.Deletion(0.9, 0.78, 0.55),
     )
@@ -239,3 +241,20 @@ def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_p
     assert "0.21" in of_last_layer and "Better" in of_last_layer
     assert "all blocks" in of_all_blocks
     assert "0.78" in of_all_blocks and "No better" in of_all_blocks
+    # The middle of the fourth panel has the colour of the heatmap's own peak, over grey.
+    drawn = np.asarray(Image.open(tmp_path / picture.file).convert("RGB"), int)
+    peak = 255 * np.array(matplotlib.colormaps["inferno"](1.0)[:3])
+    expected = 0.6 * peak + 0.4 * PHOTO.mean(2).mean()
+    assert np.abs(drawn[-160, 1055] - expected).max() < 12
+
+
+def test_the_caption_of_examples_counts_the_filters_that_were_looked_at(tmp_path):
+    network = study.Network(two_channel_model([[0, 4], [0, -8]]))
+    Image.fromarray(PHOTO).save(tmp_path / "a.png")
+    Image.fromarray(PHOTO // 2).save(tmp_path / "b.png")
+    pictures = np.zeros((1, 16, 16, 3), "uint8")  # of the first of two filters
+    patterns = study.Patterns(network.convolution("maps"), pictures, np.array([True]))
+    peaks = study.Peaks(np.array([[8.0], [4.0]]), np.zeros((2, 1, 2), int))
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    (picture,) = study.draw_examples(tmp_path, network, patterns, peaks, paths)
+    assert "1 of its first 1 filters" in picture.caption and "2 photos" in picture.caption
