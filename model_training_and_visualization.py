@@ -197,10 +197,10 @@ def parse_options(words=None):
     add("--seed", **number, default=0, help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
     _check_options(parser, options)
-    return options if options.quick else completed(options, DEFAULTS)
+    return options if options.quick else _completed(options, DEFAULTS)
 
 
-def completed(options, settings):
+def _completed(options, settings):
     """The options, with these settings where nothing was given."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     return argparse.Namespace(**vars(options) | settings | given)
@@ -357,7 +357,7 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
     class_names = class_folders(folder)
     if len(class_names) < 2:
         raise Stop(f"{printable(folder)}: needs two class folders or more.\n{remedy}")
-    paths, labels = photos_of(folder, class_names)
+    paths, labels = _photos_of(folder, class_names)
     empty = [printable(name) for k, name in enumerate(class_names) if k not in labels]
     if empty:
         raise Stop(f"{printable(folder)}: no photos in {', '.join(empty)}.\n{remedy}")
@@ -370,18 +370,6 @@ def open_split(folder, size, batch_size, seed=0, generator=None, read=None):
         raise Stop(f"{stop}\nRemove it, or split again: {_split_command(folder.parent)}") from stop
     batches = PhotoBatches(paths, labels, len(class_names), read, batch_size, generator, seed)
     return batches, class_names
-
-
-def photos_of(folder, class_names):
-    """(paths, class indices) of the photos in class folders, sorted, without what is hidden."""
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        of_class = folder / name
-        found = filter(is_photo, of_class.rglob("*"))
-        visible = [it for it in found if not any(map(is_hidden, it.relative_to(of_class).parts))]
-        paths += sorted(visible)
-        labels += [label] * len(visible)
-    return paths, np.array(labels, int)
 
 
 def photo_reader(size, decode=read_photo):
@@ -481,6 +469,18 @@ def _affine_warp(photo, theta=0, tx=0, ty=0, shear=0, zx=1, zy=1):
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
+
+
+def _photos_of(folder, class_names):
+    """(paths, class indices) of the photos in class folders, sorted, without what is hidden."""
+    paths, labels = [], []
+    for label, name in enumerate(class_names):
+        of_class = folder / name
+        found = filter(is_photo, of_class.rglob("*"))
+        visible = [it for it in found if not any(map(is_hidden, it.relative_to(of_class).parts))]
+        paths += sorted(visible)
+        labels += [label] * len(visible)
+    return paths, np.array(labels, int)
 
 
 # ---- 2. Model: InceptionV3 with a new head -------------------------------------------------------
@@ -713,8 +713,8 @@ class Evaluation:
 
     @cached_property
     def predicted(self):
-        """(n, classes) booleans; see predicted_classes."""
-        return predicted_classes(self.probabilities, self.is_multi_label)
+        """(n, classes) booleans; see _predicted_classes."""
+        return _predicted_classes(self.probabilities, self.is_multi_label)
 
     @cached_property
     def correct(self):
@@ -786,18 +786,6 @@ class Evaluation:
         return not self.is_multi_label and self.accuracy <= self.chance
 
 
-def predicted_classes(probabilities, is_multi_label=False):
-    """(n, classes) booleans: the most probable class; in a multi-label model all from 0.5 up."""
-    if is_multi_label:
-        return probabilities >= 0.5
-    return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
-
-
-def most_probable(probabilities):
-    """The class indices of (…, classes), most probable first; of equal ones in order, as argmax."""
-    return np.argsort(-probabilities, axis=-1, kind="stable")
-
-
 def doubt(probabilities, labels, is_multi_label=False):
     """A sort key (n,): the worst mistake is lowest, the most certain photo highest.
 
@@ -807,7 +795,7 @@ def doubt(probabilities, labels, is_multi_label=False):
     confidence = probabilities.max(1)
     rows = np.arange(len(labels))
     of_true_class = probabilities[rows, labels]  # of -1 the last, which is unused
-    predicted = predicted_classes(probabilities, is_multi_label)
+    predicted = _predicted_classes(probabilities, is_multi_label)
     is_mistake = (labels >= 0) & ~predicted[rows, labels]
     return np.where(is_mistake, of_true_class - 1, confidence)
 
@@ -866,6 +854,18 @@ def draw_evaluation(output, evaluation, record=None):
 
 def _shares(counts, totals):
     return np.divide(counts, totals, out=np.full(len(counts), np.nan), where=totals > 0)
+
+
+def _predicted_classes(probabilities, is_multi_label=False):
+    """(n, classes) booleans: the most probable class; in a multi-label model all from 0.5 up."""
+    if is_multi_label:
+        return probabilities >= 0.5
+    return np.eye(probabilities.shape[1], dtype=bool)[probabilities.argmax(1)]
+
+
+def _most_probable(probabilities):
+    """The class indices of (…, classes), most probable first; of equal ones in order, as argmax."""
+    return np.argsort(-probabilities, axis=-1, kind="stable")
 
 
 # ---- 5. Activation grids: what each channel of a layer shows -------------------------------------
@@ -1224,14 +1224,6 @@ class Peaks(NamedTuple):
     positions: np.ndarray  # (n, filters, 2), its row and column in the feature map
 
 
-def peaks_of(activation):
-    """The Peaks of feature maps, a tensor (n, h, w, channels)."""
-    count, height, width, channels = activation.shape
-    flat = tf.reshape(activation, (count, height * width, channels))
-    places = np.unravel_index(tf.argmax(flat, axis=1).numpy(), (height, width))
-    return Peaks(tf.reduce_max(flat, axis=1).numpy(), np.stack(places, axis=-1))
-
-
 def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
     """Indices of the photos on which a filter fires most, strongest first; each photo once."""
     strongest = np.argsort(-peaks.values[:, filter_index], kind="stable")[:count]
@@ -1240,22 +1232,9 @@ def top_photos(peaks, filter_index, count=EXAMPLE_PATCHES):
 
 def most_selective(peaks):
     """Numbers of the EXAMPLE_FILTERS most selective filters, without those that never fire."""
-    selectivity = selectivity_of(peaks)
+    selectivity = _selectivity_of(peaks)
     ranking = np.argsort(-selectivity, kind="stable")[:EXAMPLE_FILTERS]
     return [int(index) for index in ranking if selectivity[index] >= 0]
-
-
-def selectivity_of(peaks):
-    """How far a filter's best photos stand out: (filters,); -1 where it fires on no photo.
-
-    It is how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all photos, in
-    standard deviations of the peaks.
-    """
-    best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
-    spread = peaks.values.std(0)
-    selectivity = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
-    selectivity[(best <= 0) | (spread < 1e-12)] = -1
-    return selectivity
 
 
 def cut_patch(photo, size, field, position):
@@ -1299,6 +1278,27 @@ def draw_examples(output, network, patterns, peaks, paths):
     file = f"conv2d_{convolution.number}_examples.jpg"
     save_rows(output / file, [str(number) for number in filters], rows, caption)
     return [Picture(file, caption)]
+
+
+def _peaks_of(activation):
+    """The Peaks of feature maps, a tensor (n, h, w, channels)."""
+    count, height, width, channels = activation.shape
+    flat = tf.reshape(activation, (count, height * width, channels))
+    places = np.unravel_index(tf.argmax(flat, axis=1).numpy(), (height, width))
+    return Peaks(tf.reduce_max(flat, axis=1).numpy(), np.stack(places, axis=-1))
+
+
+def _selectivity_of(peaks):
+    """How far a filter's best photos stand out: (filters,); -1 where it fires on no photo.
+
+    It is how far the mean peak of its EXAMPLE_PATCHES best photos lies above that of all photos, in
+    standard deviations of the peaks.
+    """
+    best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
+    spread = peaks.values.std(0)
+    selectivity = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
+    selectivity[(best <= 0) | (spread < 1e-12)] = -1
+    return selectivity
 
 
 # ---- 8. Grad-CAM heatmaps: where the model found its class ---------------------------------------
@@ -1678,26 +1678,9 @@ def concept_shares(model, photo, found, class_index):
     classes = np.array([[class_index]])
     ((feature_maps, weights),) = channel_weights(forward, network.as_batch(photo), classes)
     maps = concept_maps(feature_maps.numpy(), found.vectors)
-    shares = shares_of_classes(weights, found.vectors, maps)[0, 0]
+    shares = _shares_of_classes(weights, found.vectors, maps)[0, 0]
     whole = np.sum(weights[0, 0] * feature_maps.numpy().sum((0, 1, 2)))
     return shares, float(whole - shares.sum())
-
-
-def shares_of_classes(weights, vectors, maps):
-    """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
-    logit_per_unit = weights @ vectors.T  # (n, classes, k)
-    amount = maps.sum((1, 2))  # (n, k)
-    return logit_per_unit * amount[:, None]
-
-
-def relative_shares(shares, whole):
-    """Shares (k,) as parts of all that speaks for a class; below 0: against it.
-
-    whole: the sum of the uncut heatmap. What no concept makes up is a share too.
-    """
-    rest = whole - shares.sum()
-    speaking_for = np.maximum(0, [*shares, rest]).sum()
-    return shares / max(speaking_for, 1e-12)
 
 
 def logit_falls(network, feature_maps, found, concept, class_index):
@@ -1706,42 +1689,6 @@ def logit_falls(network, feature_maps, found, concept, class_index):
     without = feature_maps - maps[..., concept, None] * found.vectors[concept]
     falls = _logits_of(network, feature_maps) - _logits_of(network, without)
     return falls[:, class_index]
-
-
-class ClassConcept(NamedTuple):
-    """A concept in the photos of a class, on average."""
-
-    concept: int
-    share: float  # of all that speaks for the class
-    fall: float  # of the class's logit without the concept
-
-
-def class_concepts(survey, class_index):
-    """The ClassConcepts of a class, the strongest first: up to CONCEPTS_A_CLASS.
-
-    Those that make up less than SMALLEST_SHARE are left out.
-    """
-    photos = np.flatnonzero(survey.class_indices == class_index)
-    of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
-    if not len(of_sample):
-        return []
-    rank = np.argmax(survey.classes[photos] == class_index, axis=1)
-    shares = survey.concept_shares[photos, rank].mean(0)
-    whole = survey.uncut[photos, rank].sum((1, 2)).mean()
-    relative = relative_shares(shares, whole)
-    strongest = [int(k) for k in most_probable(relative) if relative[k] >= SMALLEST_SHARE]
-    found = []
-    for k in strongest[:CONCEPTS_A_CLASS]:
-        falls = logit_falls(survey.network, of_sample, survey.concepts, k, class_index)
-        found.append(ClassConcept(k, float(relative[k]), float(falls.mean())))
-    return found
-
-
-def photos_of_concept(survey, concept):
-    """Numbers of the CONCEPT_EXAMPLES photos that hold most of a concept, strongest first."""
-    held = survey.concept_maps[..., concept].sum((1, 2))
-    ranking = np.argsort(-held, kind="stable")[:CONCEPT_EXAMPLES]
-    return [int(k) for k in ranking if held[k] > 0.01 * held.max()]
 
 
 def draw_concepts(output, survey):
@@ -1799,19 +1746,6 @@ def draw_photo_concepts(output, survey, number):
     )
     save_rows(output / "CAM_concepts.jpg", labels, rows, caption)
     return [Picture("CAM_concepts.jpg", caption)]
-
-
-def strongest_shares(survey, number, class_index):
-    """[(concept, share of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
-
-    The strongest comes first; what makes up less than SMALLEST_SHARE is left out. The class is one
-    of those that have a heatmap.
-    """
-    rank = survey.classes[number].tolist().index(class_index)
-    whole = survey.uncut[number, rank].sum()
-    relative = relative_shares(survey.concept_shares[number, rank], whole)
-    ranking = most_probable(relative)[:CONCEPTS_A_PHOTO]
-    return [(int(k), float(relative[k])) for k in ranking if relative[k] >= SMALLEST_SHARE]
 
 
 def _non_negative_factor(activations, left, right):
@@ -1879,6 +1813,13 @@ def _spotlight(survey, number, concept):
     square = in_square((photo * (DARKEST + (1 - DARKEST) * light)).astype("uint8"), PATCH_SIDE)
     label = survey.labels[number]
     return square, survey.name(number) if label < 0 else survey.class_names[label]
+
+
+def _shares_of_classes(weights, vectors, maps):
+    """(n, classes, k) shares, from Grad-CAM's (n, classes, channels) weights of the channels."""
+    logit_per_unit = weights @ vectors.T  # (n, classes, k)
+    amount = maps.sum((1, 2))  # (n, k)
+    return logit_per_unit * amount[:, None]
 
 
 # ---- 10. Everything drawn ------------------------------------------------------------------------
@@ -3331,12 +3272,12 @@ def differ_in_size(counts):
 
 def verdict(class_names, probabilities, true_index, is_multi_label=False):
     """What the model says of a photo and, where that is known (not None), what is true."""
-    ranking = most_probable(probabilities)
+    ranking = _most_probable(probabilities)
     first, second = ranking[:2]
     named = {k: f"{class_names[k]}, {percent(probabilities[k])}" for k in (first, second)}
     said = f"It says {named[first]}"
     if is_multi_label:
-        (predicted,) = predicted_classes(probabilities[None], is_multi_label)
+        (predicted,) = _predicted_classes(probabilities[None], is_multi_label)
         several = [k for k in ranking[:5] if predicted[k]]
         listed = " and ".join(f"{class_names[k]} {percent(probabilities[k])}" for k in several)
         said = f"It says {listed or f'none of its classes; {named[first]}'}"
@@ -3438,7 +3379,7 @@ class Explanation:
     @property
     def contrast_index(self):
         """The most probable of the other classes: of a mistake, the predicted class."""
-        ranking = most_probable(self.probabilities)
+        ranking = _most_probable(self.probabilities)
         return int(ranking[ranking != self.class_index][0])
 
     @property
@@ -3459,7 +3400,7 @@ class Explanation:
     def is_mistake(self):
         if self.true_index is None:
             return False
-        (predicted,) = predicted_classes(self.probabilities[None], self.is_multi_label)
+        (predicted,) = _predicted_classes(self.probabilities[None], self.is_multi_label)
         return not predicted[self.true_index]
 
     @property
@@ -3548,7 +3489,7 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     def features_and_peaks(numbers):
         pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
         feature_maps, *activations = extract(pixels)
-        peaks = map(peaks_of, activations)
+        peaks = map(_peaks_of, activations)
         return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
 
     # The sample comes first: concepts are found in the features of all its photos.
@@ -3622,7 +3563,7 @@ def classes_in_question(probabilities, labels):
 
     labels: true class indices; where one is -1, not known, the most probable stands for it.
     """
-    ranking = most_probable(probabilities)
+    ranking = _most_probable(probabilities)
     if ranking.shape[1] <= ALL_CLASSES:
         return ranking
     probable = ranking[:, :PROBABLE_CLASSES]
@@ -3675,7 +3616,7 @@ def _what_the_head_makes(network, feature_maps, labels, found):
         "uncut": uncut,
         "features": tf.reduce_mean(feature_maps, axis=(1, 2)).numpy(),
         "concept_maps": maps,
-        "concept_shares": shares_of_classes(weights, found.vectors, maps),
+        "concept_shares": _shares_of_classes(weights, found.vectors, maps),
     }
 
 
@@ -3695,6 +3636,65 @@ def _uncut_by_block(survey, number):
         block: dict(zip(classes, of_photo, strict=True))
         for block, (of_photo,) in zip(blocks, of_blocks, strict=True)
     }
+
+
+def relative_shares(shares, whole):
+    """Shares (k,) as parts of all that speaks for a class; below 0: against it.
+
+    whole: the sum of the uncut heatmap. What no concept makes up is a share too.
+    """
+    rest = whole - shares.sum()
+    speaking_for = np.maximum(0, [*shares, rest]).sum()
+    return shares / max(speaking_for, 1e-12)
+
+
+class ClassConcept(NamedTuple):
+    """A concept in the photos of a class, on average."""
+
+    concept: int
+    share: float  # of all that speaks for the class
+    fall: float  # of the class's logit without the concept
+
+
+def class_concepts(survey, class_index):
+    """The ClassConcepts of a class, the strongest first: up to CONCEPTS_A_CLASS.
+
+    Those that make up less than SMALLEST_SHARE are left out.
+    """
+    photos = np.flatnonzero(survey.class_indices == class_index)
+    of_sample = survey.sample_features[survey.class_indices[survey.sample] == class_index]
+    if not len(of_sample):
+        return []
+    rank = np.argmax(survey.classes[photos] == class_index, axis=1)
+    shares = survey.concept_shares[photos, rank].mean(0)
+    whole = survey.uncut[photos, rank].sum((1, 2)).mean()
+    relative = relative_shares(shares, whole)
+    strongest = [int(k) for k in _most_probable(relative) if relative[k] >= SMALLEST_SHARE]
+    found = []
+    for k in strongest[:CONCEPTS_A_CLASS]:
+        falls = logit_falls(survey.network, of_sample, survey.concepts, k, class_index)
+        found.append(ClassConcept(k, float(relative[k]), float(falls.mean())))
+    return found
+
+
+def photos_of_concept(survey, concept):
+    """Numbers of the CONCEPT_EXAMPLES photos that hold most of a concept, strongest first."""
+    held = survey.concept_maps[..., concept].sum((1, 2))
+    ranking = np.argsort(-held, kind="stable")[:CONCEPT_EXAMPLES]
+    return [int(k) for k in ranking if held[k] > 0.01 * held.max()]
+
+
+def strongest_shares(survey, number, class_index):
+    """[(concept, share of what speaks for the class)] of a photo: CONCEPTS_A_PHOTO at most.
+
+    The strongest comes first; what makes up less than SMALLEST_SHARE is left out. The class is one
+    of those that have a heatmap.
+    """
+    rank = survey.classes[number].tolist().index(class_index)
+    whole = survey.uncut[number, rank].sum()
+    relative = relative_shares(survey.concept_shares[number, rank], whole)
+    ranking = _most_probable(relative)[:CONCEPTS_A_PHOTO]
+    return [(int(k), float(relative[k])) for k in ranking if relative[k] >= SMALLEST_SHARE]
 
 
 # ---- Which training photos a photo is like -------------------------------------------------------
@@ -3902,7 +3902,7 @@ def _save_predictions(path, survey):
     A multi-label model may predict several classes of a photo, or none.
     """
     names = survey.class_names
-    predicted = predicted_classes(survey.probabilities, survey.network.is_multi_label)
+    predicted = _predicted_classes(survey.probabilities, survey.network.is_multi_label)
     true = ["" if label < 0 else names[label] for label in survey.labels]
     # With a mark in front, by which a spreadsheet knows UTF-8.
     encoding = {"encoding": "utf-8-sig", "newline": ""}
@@ -4072,7 +4072,7 @@ def _concept_facts(survey, stored):
 
 def _probability_entries(probabilities, label):
     """[class, probability] pairs, most probable first: LISTED_CLASSES of them and the true one."""
-    ranking = most_probable(probabilities).tolist()
+    ranking = _most_probable(probabilities).tolist()
     kept = [k for rank, k in enumerate(ranking) if rank < LISTED_CLASSES or k == label]
     return [[k, round(float(probabilities[k]), 4)] for k in kept]
 
@@ -4184,7 +4184,7 @@ def _convolution_entries(pictures):
 
 
 def _firing_entries(survey, mapped, stored, layer):
-    """What fires each filter of a layer, and how selective it is; see selectivity_of.
+    """What fires each filter of a layer, and how selective it is; see _selectivity_of.
 
     patches: for each filter [photo, row, column, activation], strongest first.
     """
@@ -4202,7 +4202,7 @@ def _firing_entries(survey, mapped, stored, layer):
         "field": _layer_entry(survey.network, layer),
         "patches": patches,
         "peaks": [values[k] for k in mapped],
-        "selectivity": selectivity_of(peaks).astype(float).round(3).tolist(),
+        "selectivity": _selectivity_of(peaks).astype(float).round(3).tolist(),
     }
 
 
@@ -4288,7 +4288,7 @@ def quick_options(options, fetch=None):
         except OSError as error:
             print(f"ImageNet's weights cannot be had ({error}): this run starts from scratch.")
             weights = "none"
-    return completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
+    return _completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
 
 
 def imagenet_address():
@@ -4601,7 +4601,7 @@ def training_photos(folder, class_names):
     """
     if not folder.is_dir() or class_folders(folder) != class_names:
         return None
-    return photos_of(folder, class_names)
+    return _photos_of(folder, class_names)
 
 
 def photos_and_labels(own_photos, test):
@@ -4623,7 +4623,7 @@ def report(survey, options):
             metrics = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
             _write_json(file, _read_record(file) | {"test": metrics})
     for path, probabilities in zip(options.photos, survey.probabilities, strict=False):
-        best = most_probable(probabilities)[:3]
+        best = _most_probable(probabilities)[:3]
         named = (f"{survey.class_names[k]} {percent(probabilities[k])}" for k in best)
         print(f"{printable(path.name)}: {', '.join(named)}", flush=True)
 
