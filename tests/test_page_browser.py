@@ -1575,9 +1575,26 @@ def test_a_patch_shows_its_photo_beside_the_filter(visit):
 # ---- Layout --------------------------------------------------------------------------------------
 
 
+def flowers(run):
+    """A test of hundreds of photos of five classes."""
+    names = ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+    counts = [[name, *[120] * 5, "0.20"] for name in names]
+    run["classes"] = names
+    run["test"] = [
+        ["true \\ predicted", *names, "recall"],
+        *counts,
+        ["precision", *["0.20"] * 5, ""],
+    ]
+    run["reliability"]["bins"] = [[216, 0.99, 211]] * 10
+
+
 def test_numbers_stand_in_one_line_and_pictures_keep_their_place(visit, browser):
     browser.resize(390, 800)
     try:
+        page = visit("evaluation", flowers)
+        for table in ("confusion", "bins"):
+            assert page.eval(f"$('{table}').getBoundingClientRect().right") <= 390
+            assert page.eval(f"$('{table}').scrollWidth <= $('{table}').clientWidth"), table
         page = visit("photo=8")
         assert {box[3] for box in page.boxes("#bars .number")} == {page.box("#bars .number")[3]}
         assert len({round(box[3]) for box in page.boxes("#confusion td *")}) == 1
