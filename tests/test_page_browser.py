@@ -545,6 +545,7 @@ def test_each_count_of_the_confusion_matrix_leads_to_its_photos(visit):
             ]
             assert sorted(listed(page)) == names(found)
             assert shown(page) == listed(page)[0]
+            assert -1 < page.box("#count")[1] < page.box("#photo")[1] < 400
     assert "crossed" not in page.each("#thumbnails .tile", "className")[0]
 
 
