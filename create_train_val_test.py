@@ -65,7 +65,7 @@ def main(options):
         find_copies(photos, options.source, only_identical=options.copies == "identical")
         join_groups(photos)
         assign_splits(photos, classes, options)
-        move_to_splits(photos, classes, building)
+        move_to_splits(photos, building)
         write_table(photos, building / "split.csv")
     report(photos, classes, options)
     show_next_step(options.output)
@@ -551,15 +551,14 @@ def only_run_in(output):
                 path.rmdir()
 
 
-def move_to_splits(photos, classes, building):
+def move_to_splits(photos, building):
     """Move every photo that is kept to its split, and remove the others."""
-    for split, name in itertools.product(SPLITS, classes):
-        (building / split / name).mkdir(parents=True)
-    for photo in photos:
-        if photo.split != "skipped":
-            target = building / photo.split / photo.source
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (building / WAITING / photo.source).rename(target)
+    kept = [photo for photo in photos if photo.split != "skipped"]
+    folders = {Path(photo.split, photo.source).parent for photo in kept}
+    for folder in folders:
+        (building / folder).mkdir(parents=True, exist_ok=True)
+    for photo in kept:
+        (building / WAITING / photo.source).rename(building / photo.split / photo.source)
     shutil.rmtree(building / WAITING)
 
 
