@@ -69,11 +69,17 @@ AUGMENTATION = {
     "height_shift_range": 0.2,
     "horizontal_flip": True,
 }
-DEFAULTS = {"weights": "imagenet", "image_size": 299, "batch_size": 32, "epochs": 10}
+DEFAULTS = {
+    "weights": "imagenet",
+    "image_size": 299,
+    "batch_size": 32,
+    "epochs": 10,
+    "mixed_precision": False,
+}
 # --quick: at 235 pixels a heatmap has 6 × 6 positions; with 5 × 5 of them, at 203 pixels, it was no
 # better than a guess at the middle of the photo. From scratch it takes more epochs.
-QUICK = {"weights": "imagenet", "image_size": 235, "batch_size": 16, "epochs": 2}
-QUICK_FROM_SCRATCH = {"weights": "none", "image_size": 139, "batch_size": 16, "epochs": 8}
+QUICK = DEFAULTS | {"image_size": 235, "batch_size": 16, "epochs": 2}
+QUICK_FROM_SCRATCH = QUICK | {"weights": "none", "image_size": 139, "epochs": 8}
 # In the order of the graph, counted from 1; Keras's names count from 0: the 4th is conv2d_3.
 GRID_CONVOLUTIONS = (1, 4, 9)
 PATTERN_CONVOLUTIONS = (3, 8, 40)
@@ -192,7 +198,8 @@ def parse_options(words=None):
         help="its peak, except while the head learns alone (default: 3e-4; from scratch 5e-4)",
     )
     add("--balance", action="store_true", help="let classes of unlike size weigh alike")
-    add("--mixed-precision", action="store_true", help="half precision where the machine can")
+    half = "half precision where the machine can (default: with --quick, on a CPU with bfloat16)"
+    add("--mixed-precision", action="store_true", default=None, help=half)
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--seed", **number, default=0, help="same seed, same result (default: 0)")
     options = parser.parse_args(words)
@@ -4275,11 +4282,12 @@ def _copy_page(output):
 IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # of the file without a classifier on top
 
 
-def quick_options(options, fetch=None):
+def quick_options(options, fetch=None, bfloat16=None):
     """The options of a --quick run: whatever was not given is chosen for it.
 
     fetch: imagenet_weights, or what takes its place. Where it raises OSError and no weights were
-    given, the run starts from scratch, and a line says why.
+    given, the run starts from scratch, and a line says why. bfloat16: whether to compute in it; by
+    default where no GPU is used, and the CPU is made for it.
     """
     weights = options.weights
     if weights is None:
@@ -4288,7 +4296,11 @@ def quick_options(options, fetch=None):
         except OSError as error:
             print(f"ImageNet's weights cannot be had ({error}): this run starts from scratch.")
             weights = "none"
-    return _completed(options, QUICK_FROM_SCRATCH if weights == "none" else QUICK)
+    if weights == "none":
+        return _completed(options, QUICK_FROM_SCRATCH)
+    if bfloat16 is None:
+        bfloat16 = _computes_in_bfloat16() and not tf.config.list_physical_devices("GPU")
+    return _completed(options, QUICK | {"mixed_precision": bfloat16})
 
 
 def imagenet_address():

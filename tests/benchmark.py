@@ -39,12 +39,7 @@ import tensorflow as tf
 from draw_flowers import CLASS_NAMES, draw_flower
 from keras import layers
 
-from create_train_val_test import (
-    class_folders,
-    cores,
-    likely_pairs,
-    outlines,
-)
+from create_train_val_test import class_folders, cores, likely_pairs, outlines
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

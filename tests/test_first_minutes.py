@@ -139,6 +139,9 @@ def unreachable():
     raise OSError("no answer for 15 s")
 
 
+GIVEN = ["--mixed-precision"]
+
+
 def must_not_be_asked():
     raise AssertionError("nothing is to be downloaded")
 
@@ -166,6 +169,17 @@ def test_what_is_given_beside_quick_wins():
         assert chosen(fetch, *given) == (weights, 299, 32, 10)
     with pytest.raises(SystemExit):
         study.parse_options(["--quick", "--skip-training"])
+
+
+def test_quick_computes_in_bfloat16_where_that_is_fast_or_where_it_is_told_to():
+    for given, is_fast, expected in (([], True, True), ([], False, False), (GIVEN, False, True)):
+        options = study.parse_options(["--quick", *given])
+        options = study.quick_options(options, lambda: None, is_fast)
+        assert options.mixed_precision == expected
+    options = study.parse_options(["--quick", "--weights", "none"])
+    assert not study.quick_options(options, must_not_be_asked, True).mixed_precision
+    assert not study.parse_options([]).mixed_precision
+    assert study.parse_options(GIVEN).mixed_precision
 
 
 def test_a_model_is_saved_as_keras_and_drawn_from_older_files_too():
