@@ -1744,10 +1744,9 @@ def draw_photo_concepts(output, survey, number):
             here, _ = _spotlight(survey, number, concept)
             rows.append([(here, "here"), *(_spotlight(survey, k, concept) for k in known)])
     (concept, share), *_ = strongest[predicted]
-    says = survey.class_names[predicted]
     caption = (
-        f"{survey.name(number)}: it says {says}, as {percent(share)} of what speaks for {says} is "
-        f"concept {concept}\n"
+        f"{survey.name(number)}: {survey.verdict(number)}. Of what speaks for "
+        f"{survey.class_names[predicted]} {percent(share)} is concept {concept}\n"
         "where each concept lies in this photo, and in those that hold most of it\n"
         f"{concept_truth(survey.concepts)}"
     )
@@ -3473,6 +3472,12 @@ class Survey:
         """{class index: (h, w) uncut Grad-CAM} of a photo at the last layer with positions."""
         return dict(zip(self.classes[number].tolist(), self.uncut[number], strict=True))
 
+    def verdict(self, number):
+        """What the model says of a photo, and what is true; see verdict."""
+        label = int(self.labels[number])
+        known = (self.class_names, self.probabilities[number], None if label < 0 else label)
+        return verdict(*known, self.network.is_multi_label)
+
     def name(self, number):
         """The name of a photo as it is shown, that of a test photo with its folder."""
         parts = self.paths[number].parts[-1 if self.labels[number] < 0 else -2 :]
@@ -4034,13 +4039,12 @@ def _stored_photos(survey, explained):
 def _photo_entry(survey, number):
     """What the survey found of one photo."""
     label, probabilities = int(survey.labels[number]), survey.probabilities[number]
-    true_index, is_multi_label = None if label < 0 else label, survey.network.is_multi_label
-    doubts = doubt(probabilities[None], np.array([label]), is_multi_label)
+    doubts = doubt(probabilities[None], np.array([label]), survey.network.is_multi_label)
     return {
         "name": survey.name(number),
-        "verdict": verdict(survey.class_names, probabilities, true_index, is_multi_label),
+        "verdict": survey.verdict(number),
         "own": label < 0,
-        "true": true_index,
+        "true": None if label < 0 else label,
         "mistake": bool(doubts[0] < 0),
         "confidence": round(float(probabilities.max()), 4),
         "doubt": round(float(doubts[0]), 4),
