@@ -764,6 +764,21 @@ def test_without_mistakes_the_next_class_is_compared_with_the_true_one(folder):
     np.testing.assert_allclose(axes[-1].get_ylim(), (-peak, peak), rtol=1e-3)
 
 
+def test_without_mistakes_the_three_least_sure_photos_are_compared(folder, tmp_path):
+    names = ["azure/b.png", "ruby/a.png", "emerald/a.png", "azure/a.png"]
+    known = write_photos(folder / "right", {name: TEST_PHOTOS[name] for name in names})
+    network = study.Network(known_model())
+    paths, labels = [it.path for it in known], [it.label for it in known]
+    survey = study.survey_photos(network, paths, labels, CLASSES)
+    explanations = list(study.explain_chosen(survey).values())
+    with remembered_figures() as figures:
+        study.draw_mistakes(tmp_path, network, explanations)
+    titles = [it.get_title(loc="left") for it in figures["CAM_mistakes.jpg"].axes]
+    said = [title for title in titles if title.startswith("It says")]
+    least_sure = sorted(100 * it.probabilities.max() for it in known)[:3]
+    np.testing.assert_allclose(sorted(numbers_in(" ".join(said))), least_sure, atol=0.5)
+
+
 # ---- Concepts ------------------------------------------------------------------------------------
 
 
@@ -897,9 +912,29 @@ def test_the_worst_mistake_is_taken_apart_into_concepts_for_both_classes(tested,
         assert name in of_class and number == f"concept {concept}"
         assert numbers_in(share)[0] == pytest.approx(part, abs=1.1)
         assert tiles[row][0][0] == "here" and len(tiles[row]) > 1
+        here, *others = (tile for _, tile in tiles[row])
+        assert not any(np.array_equal(here, other) for other in others)
     caption = tested.caption("CAM_concepts.jpg")
     assert "emerald/d.png" in caption and tested.shown("emerald/d.png")["verdict"] in caption
     assert f"speaks for {CLASSES[known.predicted]} {round(expected[0][2])} % " in caption
+
+
+def test_of_many_epochs_those_before_the_first_and_the_kept_one_are_always_shown(tmp_path):
+    network = study.Network(known_model())
+    for kept in (1, 2, 11, 20):
+        losses = [1.0] * 20
+        losses[kept - 1] = 0.5
+        looks = LOOKS | {"heatmaps": LOOKS["heatmaps"][:1] * 21}
+        looks["probabilities"] = [[0.01 * epoch, 0.5] for epoch in range(21)]
+        with remembered_figures() as figures:
+            record = {"looks": looks, "history": {"val_loss": losses}}
+            study.draw_learning(tmp_path, network, record)
+        _, tiles = tiles_of(figures["learning.jpg"])
+        first, *later = [text for text, _ in tiles[0]]
+        assert "before" in first and numbers_in(first) == [0] and len(later) == 7
+        epochs, shares = zip(*map(numbers_in, later), strict=True)
+        assert epochs == shares == tuple(sorted(epochs)) and epochs[0] < 5 and epochs[-1] > 16
+        assert [numbers_in(text)[0] for text in later if "kept" in text] == [kept]
 
 
 def test_how_it_learnt_to_look_is_shown_epoch_by_epoch_each_photo_on_one_scale(tested):

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     paths = [folder / name for name in (*names, "b&w $1$.png")]
     for path, shape in zip(paths, SHAPES, strict=True):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), "uint8")).save(path)
-    for stale in ("photos_9.jpg", "conv2d_99_maps.jpg"):
+    for stale in ("photos_9.jpg", "photos_12.jpg", "conv2d_99_maps.jpg"):
         (folder / stale).write_bytes(b"")
     model = small_model(class_count=len(NAMES))
     model.layers[-1].set_weights([np.zeros_like(it) for it in model.layers[-1].get_weights()])

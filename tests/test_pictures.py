@@ -4,6 +4,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+from conftest import small_model
 from keras import layers
 from PIL import Image
 from scipy import ndimage
@@ -246,6 +247,25 @@ def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_p
     peak = 255 * np.array(matplotlib.colormaps["inferno"](1.0)[:3])
     expected = 0.6 * peak + 0.4 * PHOTO.mean(2).mean()
     assert np.abs(drawn[-160, 1055] - expected).max() < 12
+
+
+def test_each_heatmap_of_a_photo_is_judged_without_its_own_hottest_fifth(tmp_path):
+    keras.utils.set_random_seed(1)
+    network, path = study.Network(small_model()), tmp_path / "a.png"
+    photo = np.random.default_rng(0).integers(0, 256, (32, 32, 3), "uint8")
+    Image.fromarray(photo).save(path)
+    survey = study.survey_photos(network, [path], [0], ["daisy", "rose", "tulip"])
+    explanation = study.explain(survey, 0)
+
+    def without(heatmap):
+        mask = study.top_fraction(heatmap)
+        found = study.probabilities_without(network.probabilities, photo, [mask])
+        return pytest.approx(float(found[0, 0]), abs=1e-6)
+
+    of_last_layer = study.placed(network, network.heatmap_layer, explanation.heatmap)
+    assert explanation.deletions[0].without_hottest == without(of_last_layer)
+    score = explanation.deletion_of_all_blocks.without_hottest
+    assert score == without(explanation.of_all_blocks) and score != without(of_last_layer)
 
 
 def test_the_caption_of_examples_counts_the_filters_that_were_looked_at(tmp_path):

@@ -87,7 +87,9 @@ def test_the_first_fine_tuning_step_has_the_loss_of_the_heads_last_on_the_same_b
     assert abs(from_scratch - validation) > 1e-3  # there the statistics of the batch count
 
 
-@pytest.mark.parametrize(("below", "frozen"), [("none", 0), ("mixed2", 19), ("mixed7", 60)])
+@pytest.mark.parametrize(
+    ("below", "frozen"), [("none", 0), ("mixed0", 5), ("mixed2", 19), ("mixed7", 60)]
+)
 def test_in_inceptionv3_the_convolutions_below_a_block_are_frozen(inception, below, frozen):
     # The stem has 5 convolutions, mixed0 to mixed2 have 7 each, mixed3 has 4, mixed4 to mixed6 10.
     model, _ = inception

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps, PngImagePlugin
 
 import create_train_val_test as split_script
 from create_train_val_test import SPLITS, Stop, pasteable, read_photo, replace_when_whole
@@ -519,8 +519,15 @@ def test_other_colours_mirrors_and_turns_are_copies_within_a_class_and_no_label_
         "half turn": scene.transpose(Image.Transpose.ROTATE_180),
         "other colours": opposite.convert("RGB"),
     }
+    # One grey scene twice, with blue where the other one has yellow.
+    red = picture(52, scene.size).convert("L").point(lambda grey: 90 + grey // 3)
+    blue = picture(51, scene.size).convert("L").filter(ImageFilter.GaussianBlur(30))
+    blue = ImageOps.autocontrast(blue)
+    in_blue = [Image.merge("RGB", (red, red, it)) for it in (blue, ImageOps.invert(blue))]
     for name, image in altered.items():
         image.save(source / "nine" / f"{name}.jpg", quality=85)
+    for name, image in zip(("six", "nine"), in_blue, strict=True):
+        image.save(source / name / "blue.png")
     (source / "six" / "photo_000.jpg").unlink()
     scene.save(source / "six" / "original.png")
     rows = split(source, tmp_path / "out")
@@ -528,9 +535,12 @@ def test_other_colours_mirrors_and_turns_are_copies_within_a_class_and_no_label_
     (group,) = groups_of(rows).values()
     assert group == {f"nine/{name}.jpg" for name in altered}
     scene.save(source / "nine" / "original.png")
+    Image.merge("RGB", (red, red, red)).save(source / "nine" / "blue.png")
     rows = split(source, tmp_path / "again")
     conflict = {row["source"] for row in rows if row["note"].startswith("label conflict")}
-    assert {"six/original.png", "nine/original.png"} <= conflict
+    assert {
+        f"{name}/{file}.png" for name in ("six", "nine") for file in ("original", "blue")
+    } <= conflict
 
 
 def test_no_folder_inside_a_class_and_no_pair_of_copies_is_ever_in_two_splits(tmp_path):
@@ -885,7 +895,8 @@ def test_a_class_without_a_usable_photo_is_named(tmp_path):
 
 def test_a_class_too_small_for_three_splits_is_named_with_the_number_it_needs(tmp_path):
     source = make_source(tmp_path / "photos", daisy=8, rose=6)
-    message = refused(source, tmp_path / "out")
+    message = refused(source, tmp_path / "new" / "out")
+    assert not (tmp_path / "new").exists()
     assert "class rose: has 6 " in message and "need 7" in message  # int(0.15 × 7), int(0.2 × 6)
     assert "1 more" in message
     picture(5).save(source / "rose" / "seventh.jpg")

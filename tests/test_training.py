@@ -972,6 +972,10 @@ def test_the_accuracy_comes_with_how_sure_it_is_and_balanced_where_sizes_differ(
     # Of the ten photos two of four, four of five and none of one are right: 60 %, and a mean of
     # (0.5 + 0.8 + 0) / 3.
     assert EVALUATION.balanced_accuracy == pytest.approx(1.3 / 3)
+    # Without the tulip there is no recall of tulips: a mean of (0.5 + 0.8) / 2.
+    known = EVALUATION.labels < 2
+    of_two = EVALUATION.labels[known], EVALUATION.probabilities[known]
+    assert study.Evaluation(CLASSES, *of_two).balanced_accuracy == pytest.approx(1.3 / 2)
     assert "60 % of 10" in study.accuracy_text(EVALUATION)
     assert study.accuracy_text(EVALUATION) in study.evaluation_report(EVALUATION)
     assert "43 %" in study.accuracy_text(EVALUATION)
@@ -1050,6 +1054,7 @@ def test_an_accuracy_that_guessing_reaches_is_called_so(correct, warned):
     [
         ([[5, 0, 0], [0, 5, 0], [0, 0, 5]], [], []),
         ([[5, 0, 0], [2, 3, 0], [0, 0, 5]], ["ann", "bob"], [2, 10]),
+        ([[4, 2, 1], [1, 4, 0], [0, 0, 5]], ["ann", "bob"], [3, 12]),  # of their 7 and 5 photos
         ([[4, 1, 0], [0, 4, 0], [1, 0, 4]], ["ann", "bob", "ann", "cy"], [1]),
         ([[4, 1, 0], [1, 2, 2], [0, 0, 5]], ["ann", "bob", "bob", "cy"], [2]),
     ],
