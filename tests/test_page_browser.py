@@ -361,6 +361,17 @@ def test_the_evidence_for_both_classes_is_told_concept_by_concept(visit):
     assert any("daisy" in text for text in told)
 
 
+def test_evidence_is_outweighed_where_the_heatmap_of_the_last_layer_is_empty(visit):
+    def empty(run):
+        """At the first layer for rose, at the last for daisy."""
+        rose, daisy = run["photos"][0]["heatmaps"]
+        rose["peaks"], daisy["peaks"] = (0, 2.5), (1.0, 0)
+
+    told = visit("photo=0", empty).each("#evidence a", "ariaLabel")
+    outweighed = [text for text in told if "outweighed" in text]
+    assert outweighed == [text for text in told if "daisy" in text] != []
+
+
 def test_a_concept_is_lit_on_the_photo_and_leads_to_those_that_hold_most_of_it(visit):
     page = visit("photo=0")
     assert page.eval("document.querySelector('#concept').hidden")
@@ -379,6 +390,18 @@ def test_a_concept_is_lit_on_the_photo_and_leads_to_those_that_hold_most_of_it(v
     for pixels in data:
         shade = np.array(pixels).reshape(4, 5, 4)[..., 3]
         assert shade[1, 1] == 0 and shade[2, 3] == shade[0, 0] == pytest.approx(217, abs=2)
+    # A pixel for each of the 2 × 3 positions, and one more on each side.
+    looks = LAYERS[1]
+    for (x, y, w, h), frame in zip(
+        page.boxes("#lit canvas"), page.boxes("#lit .frame"), strict=True
+    ):
+        left, top, width, height = frame
+        start = [
+            first - 1.5 * step for first, step in zip(looks["start"], looks["step"], strict=True)
+        ]
+        place = [left + start[1] * width, top + start[0] * height]
+        place += [5 * looks["step"][1] * width, 4 * looks["step"][0] * height]
+        assert [x, y, w, h] == pytest.approx(place, abs=1)
     page.click("#lit a")
     assert shown(page) == "rose/d.jpg" and address(page)["concept"] == "0"
     assert page.each("#lit [role=img]", "ariaLabel") == names([3, 0, 8])
@@ -657,6 +680,8 @@ def test_what_speaks_for_one_class_rather_than_another_is_their_difference(visit
     page = open_panels(visit)
     assert facts(page.text("#difference-map figcaption")) == ["rose", "daisy"]
     assert page.text("#difference-map .scale").split() == ["−5", "5"]
+    (low,), (high,) = (page.colours("#difference-map .gradient", 0.5, at) for at in (0.02, 0.98))
+    assert low[2] > 200 > 110 > low[0] and high[0] > 200 > 60 > high[2]  # blue, orange
     labels = page.each("#difference-map .positions [role=img]", "ariaLabel")
     # ROSE of 2.5, less 3 in its third place, less DAISY of 5
     expected = ["−5", "0.5", "−2", "1.5", "2.5", "1"]
