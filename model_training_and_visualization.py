@@ -1288,11 +1288,12 @@ def draw_examples(output, network, patterns, peaks, paths):
 
 
 def _peaks_of(activation):
-    """The Peaks of feature maps, a tensor (n, h, w, channels)."""
-    count, height, width, channels = activation.shape
-    flat = tf.reshape(activation, (count, height * width, channels))
-    places = np.unravel_index(tf.argmax(flat, axis=1).numpy(), (height, width))
-    return Peaks(tf.reduce_max(flat, axis=1).numpy(), np.stack(places, axis=-1))
+    """The Peaks of feature maps, a tensor (n, h, w, filters)."""
+    highest = tf.reduce_max(activation, axis=2).numpy()  # of each row: (n, h, filters)
+    rows = highest.argmax(1)
+    photos, filters = np.indices(rows.shape)
+    columns = activation.numpy()[photos, rows, :, filters].argmax(-1)
+    return Peaks(highest.max(1), np.stack([rows, columns], axis=-1))
 
 
 def _selectivity_of(peaks):
@@ -1412,8 +1413,7 @@ def deletions_of(predict, photo, before, heatmaps, classes):
     predict: see probabilities_without. photo: (height, width, 3) as the model sees it. before: its
     (classes,) probabilities. heatmaps: (height, width) each, over the whole photo.
     """
-    control = centred_blob(photo.shape[:2])
-    masks = [top_fraction(it) for it in (control, *heatmaps)]
+    masks = [central_part(photo.shape[:2]), *map(top_fraction, heatmaps)]
     without_central, *without_hottest = probabilities_without(predict, photo, masks)
     return [
         Deletion(float(before[k]), float(without[k]), float(without_central[k]))
@@ -1464,6 +1464,12 @@ def centred_blob(size):
     """The control of a heatmap: (height, width) values that fall away from the middle."""
     rows, columns = np.indices(size)
     return -np.hypot(rows - (size[0] - 1) / 2, columns - (size[1] - 1) / 2)
+
+
+@lru_cache(1)  # of all photos of a model
+def central_part(size):
+    """The control of a heatmap's hottest part: the mask of the middle of (height, width) pixels."""
+    return top_fraction(centred_blob(size))
 
 
 def draw_heatmaps(output, network, explanations):
@@ -3773,7 +3779,7 @@ PAGE = Path(__file__).with_name("Images") / "index.html"
 LISTED_PHOTOS = 500  # of a larger test: the mistakes, then the least confident
 LISTED_CLASSES = 20  # of a photo's probabilities; a thousand for each would fill the file
 PATCHES = 9  # photos shown for a filter
-JUDGED_PHOTOS = 200  # the first ones: with a deletion score
+JUDGED_PHOTOS = 170  # the first ones: with a deletion score
 MAPPED_PHOTOS = 24  # the first ones: with activation maps
 COVERED_PHOTOS = 4  # own ones, mistakes and the least sure: place by place
 

@@ -1106,6 +1106,7 @@ def measure_page(bench):
     model = bench.model()
     network = study.Network(model)
     test, names = study.open_split(bench.data / "test", network.input_size, 1)
+    training = study.training_photos(bench.data / "train", names)
     for count in bench.page_photos:
         paths = [Path(path) for path in np.resize(test.paths, count)]
         labels = np.resize(test.labels, count)
@@ -1114,6 +1115,7 @@ def measure_page(bench):
         alone = seconds(predictions_alone, network, test.read, paths)
         start = time.perf_counter()
         survey = study.survey_photos(network, paths, labels, names, test.read)
+        nearest = training and study.nearest_photos(survey, training)
         surveyed = time.perf_counter() - start
         explained = study.explain_chosen(survey)
         with contextlib.redirect_stdout(io.StringIO()), study.Progress() as progress:
@@ -1121,7 +1123,7 @@ def measure_page(bench):
             pictures = study.draw_pictures(output, survey, explained, patterns, None, progress)
             before = set(output.iterdir())
             written = seconds(
-                study.draw_page, output, survey, explained, pictures, None, "", progress
+                study.draw_page, output, survey, explained, pictures, None, "", progress, nearest
             )
         megabytes = sum(path.stat().st_size for path in set(output.iterdir()) - before) / 1e6
         added = surveyed - alone + written
