@@ -520,14 +520,14 @@ def test_a_checkpoint_is_an_ordinary_keras_model_that_carries_its_history(split_
 
 
 def trained_on(chosen, folder, tmp_path, balance):
-    """The weights of a small model after four steps on all of some photos, (class, number) each."""
+    """The weights of a small model after two steps on all of some photos, (class, number) each."""
     paths = [folder / "train" / CLASSES[label] / f"{number}.jpg" for label, number in chosen]
     labels = [label for label, _ in chosen]
     batches = study.PhotoBatches(paths, labels, 2, study.photo_reader((32, 32)), batch_size=8)
     keras.utils.set_random_seed(0)
     model = small_model(class_count=2)
     checkpoints = study.Checkpoints(tmp_path / f"{len(chosen)}{balance}", {})
-    phase = study.Phase("scratch", 0, 4, "none", 1e-3, cosine=False)
+    phase = study.Phase("scratch", 0, 2, "none", 1e-3, cosine=False)
     study.train(model, dict.fromkeys(study.SPLITS, batches), [phase], checkpoints, balance)
     return np.concatenate([weight.ravel() for weight in model.get_weights()])
 
