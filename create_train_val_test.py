@@ -27,6 +27,7 @@ import glob
 import hashlib
 import io
 import itertools
+import math
 import os
 import random
 import shlex
@@ -891,8 +892,9 @@ def decode(data, at_least=None, mode="RGB"):
     """
     try:
         image, note = Image.open(io.BytesIO(data), formats=PHOTO_FORMATS), ""
-        if not at_least and image.width * image.height > MAX_PIXELS:
-            at_least = min(image.size) // 2
+        excess = image.width * image.height / MAX_PIXELS
+        if not at_least and excess > 1:
+            at_least = min(image.size) // 2 ** math.ceil(math.log(excess, 4))
         if at_least:
             image.draft(mode, (at_least, at_least))
         if image.width * image.height > MAX_PIXELS:

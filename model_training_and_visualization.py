@@ -1848,9 +1848,11 @@ def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXE
     None for one whose class is not known, as it is for all without labels. Photos without a label
     are all explained; only where there are none, examples of the others take their place.
     pixels: what the model was trained on, one of PIXELS. settings: see draw_survey. Raises Stop,
-    naming what the model lacks.
+    naming what the model lacks, or where it has more or fewer classes than there are names.
     """
     network = network_of(model, pixels)
+    if network.class_count != len(class_names):
+        raise Stop(f"The model has {network.class_count} classes, not {len(class_names)} names.")
     if network.remark:
         print(network.remark)
     survey = survey_photos(network, photos, labels, class_names, seed=seed)
@@ -3811,7 +3813,7 @@ def draw_page(output, survey, explained, pictures, record, command, progress, ne
     facts["training"] = nearest and _training_facts(output, survey, stored, nearest, progress)
     mapped = judged[:MAPPED_PHOTOS]
     facts |= _picture_facts(output, survey, mapped, pictures, stored, progress)
-    _save_predictions(output / facts["predictions"]["file"], survey)
+    save_predictions(output / facts["predictions"]["file"], survey)
     with replace_when_whole(output / "run.js") as partial_path:
         partial_path.write_text(_script_text(facts), "ascii")
     _remove_old_sheets(output, facts)
@@ -3836,7 +3838,7 @@ def _run_facts(survey, record, command):
     class_names = survey.class_names
     return {
         "format": 5,
-        "lead": [_training_sentence(class_names, settings), _test_sentence(evaluation)],
+        "lead": [training_sentence(class_names, settings), _test_sentence(evaluation)],
         "warnings": _warnings_about(evaluation),
         "command": command,
         "settings": [f"{name}: {printable(str(value))}" for name, value in named],
@@ -3851,7 +3853,7 @@ def _run_facts(survey, record, command):
     }
 
 
-def _training_sentence(class_names, settings):
+def training_sentence(class_names, settings):
     """What was trained on what, as far as the settings of the training tell."""
     names = ", ".join(class_names[:10])
     names += ", …" if len(class_names) > 10 else ""
@@ -3914,7 +3916,7 @@ def _reliability_entry(evaluation):
     return {"error": round(calibration_error(evaluation), 4), "bins": bins}
 
 
-def _save_predictions(path, survey):
+def save_predictions(path, survey):
     """Write a table of all photos for spreadsheets: file, classes, and a probability a class.
 
     A multi-label model may predict several classes of a photo, or none.

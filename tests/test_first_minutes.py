@@ -39,6 +39,9 @@ class Server(http.server.BaseHTTPRequestHandler):
         if way == "silent":
             self.ended.wait()
             return
+        if way == "nonsense":
+            self.wfile.write(b"no HTTP\r\n")
+            return
         if way == "absent":
             self.send_error(404)
             return
@@ -101,6 +104,7 @@ def test_the_weights_are_downloaded_once_to_where_keras_looks_for_them(address, 
         ("half", "not the whole file"),
         ("wrong", "not the whole file"),
         ("absent", "404"),
+        ("nonsense", "no HTTP"),
     ],
 )
 def test_a_server_that_does_not_send_the_file_is_named_soon_and_the_next_one_asked(
@@ -228,5 +232,6 @@ def test_an_nvidia_card_that_is_not_used_is_told_with_the_remedy(tmp_path, monke
         assert line.count("\n") == 1 and "pip install" in line and "and-cuda" in line
         assert told(["GPU:0"], *card) == ""
     assert told([], absent, empty) == ""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # whoever hides it knows of it
-    assert told([], driver, programs) == ""
+    for hidden in ("-1", ""):  # whoever hides it knows of it
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert told([], driver, programs) == ""

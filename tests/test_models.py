@@ -1,5 +1,6 @@
 """Any convolutional classifier: what is read off its graph, compared with what it computes."""
 
+import csv
 import json
 import sys
 import zipfile
@@ -286,6 +287,25 @@ def test_several_sigmoids_give_each_class_its_own_probability_and_logit():
             study.grad_cam(it, photos()[0], "maps", index) for it in (model, scores)
         )
         np.testing.assert_allclose(ours, logits_alone, atol=1e-6)
+
+
+def test_the_table_of_predictions_names_all_classes_from_a_half_up_of_several_sigmoids(tmp_path):
+    Image.fromarray(photos()[0].astype("uint8")).save(path := tmp_path / "a.png")
+    for bias, said in (([1, -1, 0.5], "daisy, tulip"), ([-1, -1, -1], "")):
+        scores = layers.Dense(3)
+        model = headed(scores, layers.Activation("sigmoid"))
+        scores.set_weights([np.zeros((4, 3)), np.array(bias)])
+        names = ["daisy", "rose", "tulip"]
+        survey = study.survey_photos(study.Network(model), [path], [0], names)
+        study.save_predictions(tmp_path / "table.csv", survey)
+        _, row = (tmp_path / "table.csv").read_text("utf-8-sig").splitlines()
+        assert next(csv.reader([row]))[1:3] == ["daisy", said]
+
+
+def test_to_draw_needs_a_name_for_each_class(tmp_path):
+    for names in (["daisy", "rose"], list("abcd")):
+        with pytest.raises(Stop, match=f"3 classes, not {len(names)}"):
+            study.draw(small_model(), [], names, tmp_path)
 
 
 def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():

@@ -181,9 +181,28 @@ def many(tmp_path_factory):
     return output, read_run(output)
 
 
+def test_what_the_model_learnt_is_told_with_where_it_began():
+    trained = {"epochs": 12, "photos": {"train": 3456, "validation": 78, "test": 90}}
+    names = [f"kind {number}" for number in range(11)]
+    told = {
+        start: study.training_sentence(names, trained | {"weights": start})
+        for start in ("imagenet", "none", "my.weights.h5")
+    }
+    for sentence in told.values():
+        assert "11 classes" in sentence and "kind 9, …)" in sentence
+        assert "3,456 photos in 12 epochs" in sentence
+    assert ["ImageNet" in it for it in told.values()] == [True, False, False]
+    assert ["scratch" in it for it in told.values()] == [False, True, False]
+    assert "a file" in told["my.weights.h5"]
+    assert "…" not in study.training_sentence(names[:10], trained | {"weights": "none"})
+
+
 def test_of_many_photos_the_doubtful_ones_are_listed(many):
     _, run = many
     assert run["photo_count"] == 507
+    # The worth of the heatmaps of the first 170 of them is known.
+    assert sum("worth" in it for it in run["photos"]) == 170 and "doubtful" in run["judged"]
+    assert all("worth" in it for it in run["photos"][:170])
     listed = [it for it in run["photos"] if it["listed"]]
     assert len(listed) == 500 and sum(it["mistake"] for it in listed) == 2
     assert [it["listed"] for it in run["photos"][:500]] == [True] * 500

@@ -1496,6 +1496,11 @@ def test_a_photo_that_is_asked_for_is_in_the_list(visit):
     assert shown(page) == PHOTOS[8][0]
 
 
+def test_of_a_larger_test_the_number_of_all_photos_is_told(visit):
+    page = visit("photos", lambda run: run.update(photo_count=4321))
+    assert facts(page.text("#count")) == ["8", "4321"]
+
+
 @pytest.mark.parametrize(("result", "expected"), [("right", [7, 5, 0, 6]), ("wrong", [1, 3, 2])])
 def test_right_and_wrong_predictions_are_told_apart(visit, result, expected):
     page = visit()

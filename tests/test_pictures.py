@@ -278,3 +278,5 @@ def test_the_caption_of_examples_counts_the_filters_that_were_looked_at(tmp_path
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     (picture,) = study.draw_examples(tmp_path, network, patterns, peaks, paths)
     assert "1 of its first 1 filters" in picture.caption and "2 photos" in picture.caption
+    (picture,) = study.draw_patterns(tmp_path, patterns)
+    assert "1 of its 2 filters" in picture.caption and "all of them fire" in picture.caption

@@ -1180,6 +1180,8 @@ def test_a_jpeg_of_108_million_pixels_is_taken_and_another_type_of_as_many_is_no
     photo = read_photo(source / "rose" / "large.jpg")  # at half its scale, as it would not fit
     assert photo.shape == (4_500, 6_000, 3)
     assert abs(photo[:, :2900].mean() - 200) < 2 and abs(photo[:, 3100:].mean() - 40) < 2
+    Image.new("L", (20_000, 19_800)).save(tmp_path / "huge.jpg")
+    assert read_photo(tmp_path / "huge.jpg").shape == (4_950, 5_000, 3)  # at a quarter
 
 
 def test_a_grey_picture_of_more_than_8_bits_is_scaled_by_its_brightest_pixel(tmp_path):
