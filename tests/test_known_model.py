@@ -972,6 +972,10 @@ def test_the_confusion_matrix_shows_each_count_in_its_row_and_column(tested):
     (image,) = axes.images
     shares = image.norm(image.get_array())
     np.testing.assert_allclose(shares, np.array(counts) / [[3], [4], [2]], atol=1e-6)
+    for text in axes.texts:  # each can be read on its square
+        column, row = text.get_position()
+        ground = np.mean(image.cmap(shares[row, column])[:3])
+        assert abs(ground - np.mean(matplotlib.colors.to_rgb(text.get_color()))) > 0.3
     matrix = tested.pixels("confusion_matrix.png").sum(2)
     assert matrix.max() - matrix.min() > 300
 
