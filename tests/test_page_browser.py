@@ -1196,7 +1196,7 @@ def test_an_address_opens_what_it_names_and_says_so_again(visit):
 
 UNKNOWN = [
     "photo=99 class=lily block=mixed9 order=name true=0 result=perhaps filter=5.9 x=1",
-    "photo=x filter=8.0 channel=x section=x layers=5 after=no",
+    "photo=x filter=8.0 channel=x section=x layers=5 after=no concept=2",
 ]
 
 
