@@ -1040,6 +1040,14 @@ def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy()
     assert bins.sum() == pytest.approx(10 + sure.sum() + 6)
 
 
+def test_of_ten_classes_all_are_asked_for_and_of_more_the_probable_and_the_true_one():
+    shares = np.arange(1, 12) / 66  # the last class is the most probable one
+    asked = study.classes_in_question(shares[None, :10], [3])
+    assert asked.tolist() == [[9, 8, 7, 6, 5, 4, 3, 2, 1, 0]]
+    asked = study.classes_in_question(np.stack([shares, shares]), [3, -1])
+    assert asked.tolist() == [[10, 9, 8, 7, 3], [10, 9, 8, 7, 10]]
+
+
 @pytest.mark.parametrize(("correct", "warned"), [(60, True), (65, False)])
 def test_an_accuracy_that_guessing_reaches_is_called_so(correct, warned):
     # Guessing daisy for 50 of 100 photos gets 50 of them right, 60 within two deviations of 5.
