@@ -734,18 +734,29 @@ def test_what_misled_the_model_is_what_speaks_for_one_class_and_not_the_other_wo
     assert set(numbers_in(caption)) <= {4}
 
 
-def test_without_mistakes_the_next_class_is_compared_with_the_true_one(folder):
+def mistakes_of(folder, photos):
+    """[Known] of test photos; figure, pixels and caption of what misled the model in them."""
+    known = write_photos(folder / "photos", photos)
+    network, paths = study.Network(known_model()), [it.path for it in known]
+    survey = study.survey_photos(network, paths, [it.label for it in known], CLASSES)
+    explanations = list(study.explain_chosen(survey).values())
+    with remembered_figures() as figures:
+        (picture,) = study.draw_mistakes(folder, network, explanations)
+    pixels = np.asarray(Image.open(folder / picture.file).convert("RGB")).astype(int)
+    return known, figures[picture.file], pixels, picture.caption
+
+
+def test_without_mistakes_the_next_class_is_compared_with_the_true_one(tmp_path):
     photos = {name: TEST_PHOTOS[name] for name in ("emerald/b.png", "azure/a.png")}
     photos["emerald/b.png"] = (2, photos["emerald/b.png"][1])  # azure and emerald speak for both
-    drawn = draw(folder, "correct", photos)
-    assert not any(known.is_mistake for known in drawn.known.values())
-    caption = drawn.caption("CAM_mistakes.jpg")
+    all_known, figure, pixels, caption = mistakes_of(tmp_path, photos)
+    assert not any(known.is_mistake for known in all_known)
     assert "no mistake" in caption and "misled" not in caption
-    axes = drawn.figures["CAM_mistakes.jpg"].axes
+    axes = figure.axes
     titles = [it.get_title(loc="left").replace("\n", " ") for it in axes]
-    found = [it for it, _, _ in panels(drawn.pixels("CAM_mistakes.jpg"))]
+    found = [it for it, _, _ in panels(pixels)]
     row = next(k for k in range(0, len(found), 4) if abs(np.median(found[k]) - 160) < 4)
-    known = drawn.known["emerald/b.png"]
+    known = next(it for it in all_known if it.name == "emerald/b.png")
     assert "emerald" in titles[row + 1] and "azure" in titles[row + 2]
     assert titles[row + 3].startswith("emerald rather than azure")
     difference = known.for_one_rather_than(1, 2)
@@ -754,26 +765,17 @@ def test_without_mistakes_the_next_class_is_compared_with_the_true_one(folder):
     assert ((red > blue) == (difference > 0))[strong].all() and strong.sum() >= 1
     assert difference[strong].min() < 0
     # One scale for all, as far down as up.
-    shown = [known.heatmap(k) for known in drawn.known.values() for k in (1, 2)]
-    shown += [
-        known.for_one_rather_than(known.contrast_class, known.label)
-        for known in drawn.known.values()
-    ]
+    shown = [known.heatmap(k) for known in all_known for k in (1, 2)]
+    shown += [known.for_one_rather_than(known.contrast_class, known.label) for known in all_known]
     peak = max(np.abs(it).max() for it in shown)
     assert peak > max(it.max() for it in shown) * 1.001  # what speaks against a class is strongest
     np.testing.assert_allclose(axes[-1].get_ylim(), (-peak, peak), rtol=1e-3)
 
 
-def test_without_mistakes_the_three_least_sure_photos_are_compared(folder, tmp_path):
+def test_without_mistakes_the_three_least_sure_photos_are_compared(tmp_path):
     names = ["azure/b.png", "ruby/a.png", "emerald/a.png", "azure/a.png"]
-    known = write_photos(folder / "right", {name: TEST_PHOTOS[name] for name in names})
-    network = study.Network(known_model())
-    paths, labels = [it.path for it in known], [it.label for it in known]
-    survey = study.survey_photos(network, paths, labels, CLASSES)
-    explanations = list(study.explain_chosen(survey).values())
-    with remembered_figures() as figures:
-        study.draw_mistakes(tmp_path, network, explanations)
-    titles = [it.get_title(loc="left") for it in figures["CAM_mistakes.jpg"].axes]
+    known, figure, *_ = mistakes_of(tmp_path, {name: TEST_PHOTOS[name] for name in names})
+    titles = [it.get_title(loc="left") for it in figure.axes]
     said = [title for title in titles if title.startswith("It says")]
     least_sure = sorted(100 * it.probabilities.max() for it in known)[:3]
     np.testing.assert_allclose(sorted(numbers_in(" ".join(said))), least_sure, atol=0.5)

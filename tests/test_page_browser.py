@@ -839,6 +839,20 @@ def test_the_training_photos_that_a_photo_is_most_like_are_shown_by_class(visit)
 # ---- The tour ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("empty", "named"), [(0, "rose"), (1, "daisy")])
+def test_the_tour_tells_that_nothing_speaks_for_a_class_rather_than_the_other(visit, empty, named):
+    def take_away(run):
+        entry = run["photos"][0]["heatmaps"][empty]
+        entry |= {"peaks": (0, 0), "against_peaks": (0, 0)}
+        run["photos"][0]["heatmaps"][1 - empty]["against_peaks"] = (0, 0)
+
+    page = visit("photo=0&tour=3", take_away)
+    page.click("#answer summary")
+    found = [facts(sentence) for sentence in re.findall(r"[^.:]+[.:](?!\d)", page.text("#told"))]
+    assert [named] in [it for it in found if len(it) == 1]
+    assert sum("up to" in it or "down to" in it for it in page.text("#told").split(".")) == 1
+
+
 def test_the_tour_asks_and_answers_from_the_worst_mistake(visit):
     page = visit("photo=5&true=tulip")
     page.click("#start")

@@ -140,26 +140,26 @@ def write_keras_2_layout(path, model):
 def test_every_kind_of_file_gives_its_weights_and_the_strides_of_its_model(
     inception, stock_inception, tmp_path
 ):
-    """The model of the first file takes the weights of the others: to build it takes seconds."""
-    expected = weights_by_name(stock_inception)
-    stock_inception.save_weights(tmp_path / "notop.weights.h5")
-    model = study.build_model(2, 139, str(tmp_path / "notop.weights.h5"))
-    assert_same_weights(model, expected)
+    write_keras_2_layout(tmp_path / "inception_v3_kernels_notop.h5", stock_inception)
+    model = study.build_model(2, 139, str(tmp_path / "inception_v3_kernels_notop.h5"))
+    assert_same_weights(model, weights_by_name(stock_inception))
     assert model.output_shape == (None, 2) and model.input_shape == (None, 139, 139, 3)
     # A window of 3 × 3 on 7 × 7 positions has 5 × 5 places; every second one is 3 × 3.
     assert positions(model) == [(7, 7), (3, 3)]
 
     base = keras.Model(model.inputs, model.get_layer("mixed10").output)
-    base.set_weights([np.zeros(weight.shape) for weight in base.weights])
-    write_keras_2_layout(tmp_path / "inception_v3_kernels_notop.h5", stock_inception)
-    again = study.load_backbone_weights(base, tmp_path / "inception_v3_kernels_notop.h5")
-    assert_same_weights(again, expected)
-    assert positions(again) == [(7, 7), (3, 3)]
-
     of_small_photos, path = inception  # from scratch
     further = study.load_backbone_weights(base, path)
     assert_same_weights(further, weights_by_name(of_small_photos))
     assert positions(further) == [(7, 7), (5, 5)]
+
+    # Weights alone are loaded whatever the network is.
+    small = keras.Sequential([keras.Input((8, 8, 3)), layers.Conv2D(2, 3)])
+    kernel = small.get_weights()[0]
+    small.save_weights(tmp_path / "notop.weights.h5")
+    small.set_weights([np.zeros(it.shape) for it in small.get_weights()])
+    again = study.load_backbone_weights(small, tmp_path / "notop.weights.h5")
+    np.testing.assert_array_equal(again.get_weights()[0], kernel)
 
 
 @pytest.mark.parametrize(
