@@ -3341,8 +3341,8 @@ def deletion_summary(explanations, which="photos"):
     falls = [np.mean(before - without) for without in (without_hottest, without_central)]
     part = _deleted_part()
     return (
-        f"In the mean of {len(found)} {which} the probability falls by {falls[0]:.2f} without the "
-        f"hottest {part} of the heatmap, by {falls[1]:.2f} without a central {part}; "
+        f"In the mean of {len(found)} {which} the probability falls by {falls[0]:z.2f} without the "
+        f"hottest {part} of the heatmap, by {falls[1]:z.2f} without a central {part}; "
         f"{percent(better)} of the heatmaps are better than a guess."
     )
 

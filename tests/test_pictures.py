@@ -1,5 +1,7 @@
 """What the three techniques return for a photo: heatmaps, and sheets of channels."""
 
+from dataclasses import replace
+
 import keras
 import matplotlib
 import numpy as np
@@ -242,6 +244,9 @@ def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_p
     assert "0.21" in of_last_layer and "Better" in of_last_layer
     assert "all blocks" in of_all_blocks
     assert "0.78" in of_all_blocks and "No better" in of_all_blocks
+    # A fall that is none in two digits has no sign.
+    unmoved = replace(explanation, deletions={0: study.Deletion(0.5, 0.501, 0.6)})
+    assert "by 0.00" in (told := study.deletion_summary([unmoved])) and "by -0.10" in told
     # The middle of the fourth panel has the colour of the heatmap's own peak, over grey.
     drawn = np.asarray(Image.open(tmp_path / picture.file).convert("RGB"), int)
     peak = 255 * np.array(matplotlib.colormaps["inferno"](1.0)[:3])
