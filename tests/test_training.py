@@ -628,6 +628,16 @@ def poisoned(finite_loss, from_epoch=1):
     return build
 
 
+@pytest.mark.parametrize("losses", [(math.nan, 1.0), (1.0, math.nan)])
+def test_a_loss_of_nan_stops_a_training_whether_of_training_or_validation(losses, tmp_path):
+    checkpoints, model = study.Checkpoints(tmp_path / "checkpoints", {}), small_model()
+    model.compile("adam", "categorical_crossentropy")
+    checkpoints.set_model(model)
+    with pytest.raises(Stop, match="NaN in epoch 1"):
+        checkpoints.on_epoch_end(0, dict(zip(("loss", "val_loss"), losses, strict=True)))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_loss_of_nan_stops_at_once_and_keeps_the_best_weights_and_the_earlier_model(
     split_flowers, earlier, capsys
 ):
