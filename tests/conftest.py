@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # No test reads the settings or the weights of whoever starts it; Keras asks when it is imported.
 os.environ["KERAS_HOME"] = tempfile.mkdtemp(prefix="keras_home_")
+# As many tests as there are cores run at once: threads of one test would wait for those of another.
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 
 import keras
 import numpy as np
@@ -370,9 +373,16 @@ def processes_of(item):
     return {name for name in names if name.startswith("started_")}
 
 
-def pytest_collection_modifyitems(items):
-    """The tests that wait for processes come last."""
+def pytest_collection_modifyitems(config, items):
+    """The tests that wait for processes come last; of the whole suite one half runs beside."""
     items.sort(key=lambda item: bool(processes_of(item)))
+    beside = [item for item in items if item.path.name in BESIDE]
+    if config.option.reports_to:
+        items[:] = beside
+        config.pluginmanager.register(ReportsTo(config, config.option.reports_to))
+    elif min(len(beside), len(items) - len(beside)) > 100 and not config.option.collectonly:
+        items.sort(key=lambda item: item.path.name in BESIDE)
+        config.pluginmanager.register(TestsBeside(config))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -380,3 +390,91 @@ def start_early(request):
     """Start the processes before the tests that do not need them, where others do."""
     for name in sorted(set().union(*map(processes_of, request.session.items))):
         request.getfixturevalue(name)
+
+
+# ---- The suite on two cores ----
+
+# These files run in a second pytest while the first one runs the others: hardly a test needs more
+# than one core. None of them has a process that is started early.
+BESIDE = {
+    "test_concepts.py",
+    "test_first_minutes.py",
+    "test_known_model.py",
+    "test_models.py",
+    "test_page.py",
+    "test_page_browser.py",
+    "test_pictures.py",
+    "test_recipe.py",
+    "test_split.py",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reports-to", help="the file in which a pytest beside another one reports")
+
+
+class ReportsTo:
+    """Writes each report into a file, a line of JSON each, for the pytest that waits for it."""
+
+    def __init__(self, config, path):
+        self.config, self.path = config, Path(path)
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(data) + "\n")
+
+
+class TestsBeside:
+    """Runs the tests of BESIDE in a second pytest, and tells their results as its own."""
+
+    __test__ = False
+
+    def __init__(self, config):
+        self.config = config
+        self.folder = tempfile.TemporaryDirectory(prefix="pytest_beside_")
+        path = Path(self.folder.name) / "reports"
+        path.touch()
+        self.reports = path.open(encoding="utf-8")
+        arguments = [*config.invocation_params.args, f"--reports-to={path}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *arguments],
+            cwd=config.invocation_params.dir,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def next_report(self):
+        """The next report, or None where the process has ended without one."""
+        line = ""
+        while not line.endswith("\n"):
+            has_ended = self.process.poll() is not None
+            part = self.reports.readline()
+            line += part
+            if not part:
+                if has_ended:
+                    return None
+                time.sleep(0.02)
+        data = json.loads(line)
+        return self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+
+    def pytest_runtest_protocol(self, item):
+        if item.path.name not in BESIDE:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        when = None
+        while when != "teardown":
+            report = self.next_report()
+            if report is None:
+                pytest.exit(f"the tests beside ended before {item.nodeid}", returncode=1)
+            assert report.nodeid == item.nodeid
+            item.ihook.pytest_runtest_logreport(report=report)
+            when = report.when
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_sessionfinish(self):
+        self.process.kill()
+        self.process.wait()
+        self.reports.close()
+        self.folder.cleanup()
