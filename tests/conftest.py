@@ -410,6 +410,7 @@ BESIDE = {
 
 
 def pytest_addoption(parser):
+    parser.addoption("--record", action="store_true", help="write tests/record anew")
     parser.addoption("--reports-to", help="the file in which a pytest beside another one reports")
 
 

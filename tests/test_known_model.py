@@ -5,6 +5,7 @@ pictures. What should stand there is worked out in known_model.py, without the s
 """
 
 import base64
+import contextlib
 import csv
 import io
 import re
@@ -15,6 +16,7 @@ import keras
 import matplotlib
 import numpy as np
 import pytest
+import record
 from conftest import remembered_figures
 from known_model import (
     CLASSES,
@@ -111,6 +113,7 @@ class Drawn:
     run: dict  # run.js
     known: dict  # {name: Known}
     figures: dict  # {file: matplotlib figure}
+    printed: str
 
     @property
     def photos(self):
@@ -132,7 +135,8 @@ def draw(folder, name, photos, **options):
     known, output = write_photos(folder / "photos", photos), folder / name
     # Whatever a matplotlibrc says.
     hostile = {"image.origin": "lower", "savefig.transparent": True, "lines.marker": "x"}
-    with remembered_figures() as figures, matplotlib.rc_context(hostile):
+    printed = contextlib.redirect_stdout(io.StringIO())
+    with printed as told, remembered_figures() as figures, matplotlib.rc_context(hostile):
         study.draw(
             known_model(),
             [it.path for it in known],
@@ -144,7 +148,7 @@ def draw(folder, name, photos, **options):
             pattern_steps=PATTERN_STEPS,
             **options,
         )
-    return Drawn(output, read_run(output), {it.name: it for it in known}, figures)
+    return Drawn(output, read_run(output), {it.name: it for it in known}, figures, told.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -1127,3 +1131,25 @@ def test_the_colours_of_the_page_are_those_of_the_pictures(tested):
     expected = np.rint(255 * matplotlib.colormaps["inferno"](np.arange(256))[:, :3])
     found = [[int(colour[k : k + 2], 16) for k in (1, 3, 5)] for colour in tested.run["colours"]]
     assert found == expected.tolist()
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tested", "own"])
+def test_all_that_is_shown_is_as_it_was_when_it_was_looked_at(name, request):
+    drawn = request.getfixturevalue(name)
+    pictures = [path for path in drawn.folder.iterdir() if path.suffix in (".jpg", ".jpeg", ".png")]
+    found = {
+        "printed": record.facts_of(drawn.printed, CLASSES),
+        "run": record.facts_of_run(drawn.run, CLASSES),
+        "figures": {
+            file: record.facts_of_figure(figure, CLASSES) for file, figure in drawn.figures.items()
+        },
+        "pictures": {
+            path.name: record.squares(drawn.pixels(path.name))
+            for path in sorted(pictures)
+            if path.name not in drawn.figures
+        },
+    }
+    record.check(name, found, request.config.option.record)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import record
 from chromium import Page, find_chromium
 from PIL import Image
 
@@ -1697,3 +1698,36 @@ def test_on_a_phone_bars_come_first_and_panels_are_swiped(visit, browser):
         assert width > 250
     finally:
         browser.resize(*WINDOW)
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+
+ADDRESSES = [
+    "",
+    *(f"photo={number}" for number in range(8)),
+    "photo=0&class=daisy&block=fine",
+    "photo=0&block=all",
+    "photo=2&class=tulip",
+    "photo=3&concept=0",
+    "photo=0&concept=1&order=confidence",
+    "true=daisy&predicted=rose&order=true",
+    "result=wrong",
+    "photo=0&filter=5.0&sort=class",
+    "photo=1&filter=5.1&sort=selectivity",
+    "photo=5&filter=5.3&patterns=5",
+    "filter=7.1&patterns=7",
+    "channel=1.4&photo=3",
+    "channel=4.2&layers=4",
+    *(f"photo=1&tour={step}" for step in range(1, 6)),
+]
+
+
+def test_all_that_a_visitor_meets_is_as_it_was_when_it_was_looked_at(visit, request):
+    page, found = visit(), {}
+    for asked in ADDRESSES:
+        page = visit(asked)
+        page.eval("document.querySelectorAll('details').forEach((it) => { it.open = true; })")
+        page.settle()
+        found[asked] = [" ".join(it) for it in record.facts_of_page(page, CLASSES)]
+    record.check("page", found, request.config.option.record)
