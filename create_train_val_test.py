@@ -276,7 +276,12 @@ def outlines(thumbnails):
 def likely_pairs(found):
     """Every (one, other, turn) of (n, 16, 16) outlines of which `one`, turned, may be `other`."""
     flat, pairs = found.reshape(len(found), -1), []
-    tangents_of = lru_cache(4096)(lambda index: _tangents(found[index]))
+    batch = 64  # at once is six times as fast as one by one
+    tangents_of_batch = lru_cache(64)(lambda k: _tangents(found[k * batch : (k + 1) * batch]))
+
+    def tangents_of(index):
+        return tangents_of_batch(index // batch)[index % batch]
+
     for one, others in _correlated(found):
         views = in_all_turns(found[one]).reshape(8, -1, 1)
         moved = in_all_turns(tangents_of(one)).reshape(8, -1, flat.shape[1])
@@ -421,17 +426,17 @@ def _correlated(found):
             yield start + row, start + np.flatnonzero(is_like[row])
 
 
-def _tangents(outline):
-    """What a (16, 16) outline becomes when shifted, enlarged or turned a little: (5, 16, 16).
+def _tangents(found):
+    """What (n, 16, 16) outlines become when shifted, enlarged or turned a little: (n, 5, 16, 16).
 
     The five are of length 1 and at right angles. The length of another outline's projection on
     them is its correlation with the most similar of all that they add up to.
     """
-    down, right = np.gradient(outline)
+    down, right = np.gradient(found, axis=(1, 2))
     y, x = np.mgrid[-1:1:16j, -1:1:16j].astype(np.float32)
-    moved = [outline, down, right, y * down + x * right, x * down - y * right]
-    basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(-1, len(moved)))
-    return basis.T.reshape(len(moved), *outline.shape)
+    moved = [found, down, right, y * down + x * right, x * down - y * right]
+    basis, _ = np.linalg.qr(np.stack(moved, axis=-1).reshape(len(found), -1, len(moved)))
+    return basis.swapaxes(1, 2).reshape(len(found), len(moved), *found.shape[1:])
 
 
 # ---- Which photo goes where ----------------------------------------------------------------------
