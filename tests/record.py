@@ -95,7 +95,8 @@ SEEN_ON_A_PAGE = """
     if (node.nodeType === Node.TEXT_NODE) found.push(node.data);
     if (node.nodeType !== Node.ELEMENT_NODE) return;
     if (!node.checkVisibility({ visibilityProperty: true })) return;
-    found.push(node.ariaLabel, node.title, node.hash, node.getAttribute("style"), node.ariaCurrent);
+    found.push(node.ariaLabel, node.title, node.hash, node.getAttribute("style"));
+    found.push(node.ariaCurrent === "true" ? "right" : "");
     if (["PROGRESS", "SELECT", "INPUT"].includes(node.tagName)) {
       found.push(String(node.value), node.disabled ? "silent" : "", node.checked ? "right" : "");
     }

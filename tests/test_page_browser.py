@@ -321,6 +321,16 @@ def test_the_scale_holds_what_speaks_against_a_class_too(visit):
     assert scales == [["0", "8"], ["0", "8"], ["−8", "8"]]
 
 
+def test_the_scale_is_that_of_the_block_on_show(visit):
+    def fine_is_weakest(run):
+        run["photos"][0]["heatmaps"][0]["peaks"] = (0.5, 2.5)
+        run["photos"][0]["heatmaps"][1]["peaks"] = (0.25, 5.0)
+
+    page = visit("photo=0&block=fine", fine_is_weakest)
+    scales = [re.findall(r"−?\d[.\d]*", text) for text in page.texts("#panels .scale")]
+    assert scales == [["0", "0.5"], ["0", "0.5"], ["−0.5", "0.5"]]
+
+
 def test_the_heatmap_of_all_blocks_is_one_of_its_own_with_its_own_worth(visit):
     page = visit("photo=0")
     assert facts(page.text("#worth")) == ["rose", "0.12"]
@@ -1111,7 +1121,7 @@ def test_a_dialog_goes_on_in_the_order_of_the_filters(visit):
 def test_a_filter_can_be_shown_by_what_fires_it_most(visit):
     page = visit("patterns=5")
     page.click("#strongest")
-    assert address(page)["strongest"] == "yes"
+    assert address(page)["strongest"] == "yes" and address(page)["section"] == "filters"
     tiles = "[...$('filter').querySelectorAll('a > :is(.tile, .frame)')]"
     seen = f"{tiles}.filter((it) => it.checkVisibility())"
     colours = page.colours(seen)
@@ -1141,6 +1151,40 @@ def test_the_classes_of_what_fires_a_filter_are_counted(visit):
 
 
 # ---- Layers --------------------------------------------------------------------------------------
+
+
+def test_what_has_the_focus_has_a_frame(visit):
+    page = visit("photo=0")
+    page.press("Tab")  # a frame is for those who use the keyboard
+    # A block's button lies unseen in its box.
+    for focused, framed in (
+        ("#blocks input", "#blocks .tab"),
+        ("#thumbnails a", "#thumbnails a"),
+        ("#bars input:enabled", "#bars input:enabled"),
+    ):
+        page.eval(f"document.querySelector('{focused}').focus()")
+        frame = f"getComputedStyle(document.querySelector('{framed}')).outlineStyle"
+        assert page.eval(frame) != "none", focused
+
+
+def test_a_click_on_a_message_closes_it(visit):
+    page = visit("photo=100")
+    assert page.eval("$('word').matches(':popover-open')")
+    page.click("#word")
+    assert not page.eval("$('word').matches(':popover-open')")
+
+
+def test_without_scripts_each_picture_of_a_default_run_is_shown_once_in_order():
+    page = PAGE.read_text("utf-8")
+    _, pictures = re.findall("<noscript>(.*?)</noscript>", page, re.DOTALL)
+    shown = re.findall('src="(.*?)"', pictures)
+    assert shown == [
+        *("CAM_1.jpeg", "CAM_2.jpeg", "CAM_3.jpeg", "CAM_layers.jpg", "CAM_mistakes.jpg"),
+        *("conv2d_3_filters.jpg", "conv2d_8_filters.jpg", "conv2d_8_examples.jpg"),
+        *("conv2d_40_filters.jpg", "conv2d_40_examples.jpg", "OriginalImage.jpeg", "ReLU.png"),
+        *(f"{kind}_{k}_grid.jpg" for k in (1, 4, 9) for kind in ("conv2d", "activation")),
+        *("confusion_matrix.png", "training_curves.png"),
+    ]
 
 
 def test_channels_are_shown_before_and_after_the_activation(visit):
@@ -1715,19 +1759,26 @@ ADDRESSES = [
     "result=wrong",
     "photo=0&filter=5.0&sort=class",
     "photo=1&filter=5.1&sort=selectivity",
-    "photo=5&filter=5.3&patterns=5",
+    "photo=5&filter=5.3&patterns=5&strongest=yes",
     "filter=7.1&patterns=7",
     "channel=1.4&photo=3",
+    "channel=1.3&after=yes&photo=1",
     "channel=4.2&layers=4",
+    "patterns=5&strongest=yes&layers=1&after=yes",
     *(f"photo=1&tour={step}" for step in range(1, 6)),
 ]
 
 
-def test_all_that_a_visitor_meets_is_as_it_was_when_it_was_looked_at(visit, request):
+@pytest.mark.parametrize("width", [WINDOW[0], 390])
+def test_all_that_a_visitor_meets_is_as_it_was_when_it_was_looked_at(visit, request, width):
     page, found = visit(), {}
+    page.resize(width, 844)
     for asked in ADDRESSES:
         page = visit(asked)
+        found[asked] = [" ".join(it) for it in record.facts_of_page(page, CLASSES)]
         page.eval("document.querySelectorAll('details').forEach((it) => { it.open = true; })")
         page.settle()
-        found[asked] = [" ".join(it) for it in record.facts_of_page(page, CLASSES)]
-    record.check("page", found, request.config.option.record)
+        opened = [" ".join(it) for it in record.facts_of_page(page, CLASSES)]
+        found[f"{asked}, opened"] = [it for it in opened if it not in found[asked]]
+    page.resize(*WINDOW)
+    record.check(f"page_{width}", found, request.config.option.record)
