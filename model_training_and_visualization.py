@@ -3839,7 +3839,7 @@ def _run_facts(survey, record, command):
     return {
         "format": 5,
         "lead": [training_sentence(class_names, settings), _test_sentence(evaluation)],
-        "warnings": _warnings_about(evaluation),
+        "warnings": warnings_about(evaluation),
         "command": command,
         "settings": [f"{name}: {printable(str(value))}" for name, value in named],
         "classes": class_names,
@@ -3883,7 +3883,7 @@ def _test_sentence(evaluation):
     )
 
 
-def _warnings_about(evaluation):
+def warnings_about(evaluation):
     """Sentences on what weakens the run."""
     found = []
     if evaluation and evaluation.is_no_better_than_chance:

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -42,7 +43,7 @@ def made(tmp_path_factory):
     paths = [folder / name for name in (*names, "b&w $1$.png")]
     for path, shape in zip(paths, SHAPES, strict=True):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), "uint8")).save(path)
-    for stale in ("photos_9.jpg", "photos_12.jpg", "conv2d_99_maps.jpg"):
+    for stale in ("photos_9.jpg", "photos_12.jpg", "photos_training.jpg", "conv2d_99_maps.jpg"):
         (folder / stale).write_bytes(b"")
     model = small_model(class_count=len(NAMES))
     model.layers[-1].set_weights([np.zeros_like(it) for it in model.layers[-1].get_weights()])
@@ -166,7 +167,8 @@ FOLDERS_AS_CELLS = {
 def many(tmp_path_factory):
     """503 times a photo that is right, twice one that is not, and two of which it is surer.
 
-    Some lie in folders whose names would be no texts to a spreadsheet. Returns folder and run.js.
+    Some lie in folders whose names would be no texts to a spreadsheet. Of 400 training photos 300
+    are drawn by seed 5. Returns folder and run.js.
     """
     folder = tmp_path_factory.mktemp("many")
     names = ("ruby/c.png", "emerald/b.png", "azure/b.png", "ruby/a.png")
@@ -177,7 +179,11 @@ def many(tmp_path_factory):
     paths, labels = zip(*((it.path, it.label) for it in [*photos, *surer]), strict=True)
     output = folder / "Images"
     classes = list(CLASSES_AS_CELLS)
-    study.draw(known_model(), paths, classes, output, labels, pattern_size=32, pattern_steps=1)
+    training = [folder / "ruby" / f"{k}.png" for k in range(400)]
+    for copy in training:
+        shutil.copy(right.path, copy)
+    settings = {"pattern_size": 32, "pattern_steps": 1, "training": (training, [0] * 400)}
+    study.draw(known_model(), paths, classes, output, labels, seed=5, **settings)
     return output, read_run(output)
 
 
@@ -241,6 +247,13 @@ def test_an_activation_map_is_scaled_by_all_photos(many):
     colours = 255 * matplotlib.colormaps["inferno"](shares)[:, :3]
     luminance = colours @ (0.299, 0.587, 0.114)
     np.testing.assert_allclose(rows[shown > 0], luminance, atol=12)
+
+
+def test_the_training_photos_among_which_the_most_alike_are_found_are_those_of_the_seed(many):
+    drawn = study.evenly_by_class(np.zeros(400, int), 300, seed=5)
+    names = many[1]["training"]["names"]
+    assert many[1]["training"]["count"] == 300 and len(names) >= 3
+    assert {int(Path(name).stem) for name in names} <= set(drawn)
 
 
 def test_names_are_texts_to_a_spreadsheet(many):

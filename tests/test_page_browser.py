@@ -730,6 +730,10 @@ def test_a_position_tells_its_value_and_what_it_sees(visit):
     assert place == pytest.approx([0.5, 0.5, 0.3, 0.5], abs=0.01)
     page.point("h1")
     assert page.eval("document.querySelector('#photo .seen')") is None
+    page.eval("document.querySelector('#compared-map .positions [role=img]').focus()")
+    assert page.eval("document.querySelector('#photo .seen') !== null")
+    page.eval("document.activeElement.blur()")
+    assert page.eval("document.querySelector('#photo .seen')") is None
 
 
 def test_a_heatmap_of_nothing_is_said_to_be_empty(visit):

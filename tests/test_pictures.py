@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import small_model
 from keras import layers
+from known_model import HEIGHT, WIDTH, known_model
 from PIL import Image
 from scipy import ndimage
 
@@ -223,6 +224,16 @@ def test_the_heatmap_of_all_blocks_weighs_what_speaks_for_and_against_at_each_po
     model = two_channel_model([[0, 2], [0, -1]])
     found = study.heatmap_of_all_blocks(model, PHOTO, 1)
     np.testing.assert_allclose(found, [[1, 4 / 16], [0, 4 / 16]], atol=1e-6)
+
+
+def test_stripes_finer_than_the_pixels_of_the_input_become_grey():
+    stripes = np.zeros((7 * HEIGHT, 7 * WIDTH, 3), "uint8")
+    stripes[:, ::2] = 254
+    flat = np.full((HEIGHT, WIDTH, 3), 127, "uint8")
+    shown = [study.grad_cam(known_model(), photo, "marks", 0) for photo in (stripes, flat)]
+    batch = study.Network(known_model()).as_batch(stripes).numpy()
+    assert np.abs(batch - 127).max() < 12
+    np.testing.assert_allclose(*shown, atol=0.02)
 
 
 def test_each_heatmap_of_a_photo_is_captioned_with_what_it_is_worth_itself(tmp_path):

@@ -426,6 +426,14 @@ def test_only_identical_files_are_copies_if_asked_for(tmp_path):
     message = refused(source, tmp_path / "out")
     assert "--copies identical" in message and "10 photos" in message
     assert "only 1 group" in message and "2 more" in message
+    for index in (*range(6, 9), "again"):
+        (source / f"rose/{index}.jpg").unlink()
+    picture(2).save(source / "rose/another.jpg")  # seven, as are needed, but two groups
+    assert "1 more" in refused(source, tmp_path / "out")
+    (source / "rose/another.jpg").unlink()
+    for index in range(6, 9):
+        picture(1).save(source / f"rose/{index}.jpg", quality=70 + index)
+    shutil.copy(source / "rose/0.jpg", source / "rose/again.jpg")
     rows = split(source, tmp_path / "out", "--copies", "identical")
     assert list(groups_of(rows).values()) == [{"rose/0.jpg", "rose/again.jpg"}]
     assert counts_of(rows, "rose") == [8, 1, 1]

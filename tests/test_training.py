@@ -485,7 +485,8 @@ def test_an_interrupted_run_keeps_its_whole_epochs_and_goes_on_as_if_nothing_had
     options = options_of(split_flowers, tmp_path, *TWO_STEPS, "--resume")
     model, _, _, record = study.train_and_save(options, build=small_inception)
     assert_same_run(model, record, uninterrupted)
-    assert newest.name in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert newest.name in told and "epochs 3 to 4" in told
     assert not (tmp_path / "net_checkpoints").exists()
 
 
@@ -924,6 +925,13 @@ def test_a_run_tells_at_its_start_what_it_trains_and_where_photos_are_few(
                 Image.new("RGB", (8, 8)).save(enough / split / name / f"{k}.png")
     (warned,) = (line for line in told(enough).splitlines() if line.startswith("Warning"))
     assert "test" in warned and "9 photos" in warned
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(9, True), (10, False)])
+def test_a_page_warns_of_classes_with_less_than_10_test_photos(count, is_told):
+    labels = np.repeat([0, 1], [count, 20])
+    warned = study.warnings_about(study.Evaluation(CLASSES[:2], labels, np.eye(2)[labels]))
+    assert [str(count) in it for it in warned] == [True] * is_told
 
 
 # ---- Evaluation ----
