@@ -336,7 +336,7 @@ def star_groups(count, pairs):
     groups, group_of = [], {}
     for hub in sorted(range(count), key=lambda index: (-len(alike[index]), index)):
         if hub not in group_of:
-            free = alike[hub] - group_of.keys()
+            free = {index for index in alike[hub] if index not in group_of}
             group = [] if free or not alike[hub] else group_of[min(alike[hub])]
             groups += [] if group else [group]
             group += [hub, *free]
