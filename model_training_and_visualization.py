@@ -1304,7 +1304,9 @@ def _selectivity_of(peaks):
     """
     best = np.sort(peaks.values, axis=0)[-EXAMPLE_PATCHES:].mean(0)
     spread = peaks.values.std(0)
-    selectivity = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
+    distance = (best - peaks.values.mean(0)) / np.maximum(spread, 1e-12)
+    # Of so few photos that all are the best ones it is 0, and not what rounding makes of it.
+    selectivity = np.maximum(0, distance.round(4))
     selectivity[(best <= 0) | (spread < 1e-12)] = -1
     return selectivity
 

@@ -41,8 +41,9 @@ def squares(picture):
 def facts_of_run(data, classes, key=None):
     """What run.js holds, its texts in facts."""
     if isinstance(data, dict):
-        # Versions and times are those of the machine.
-        return {it: facts_of_run(data[it], classes, it) for it in data if it != "settings"}
+        # Versions are those of the machine, and the faintest maps of concepts are its rounding.
+        left_out = ("settings", "maps" if key == "concepts" else "")
+        return {it: facts_of_run(data[it], classes, it) for it in data if it not in left_out}
     if isinstance(data, list):
         return [facts_of_run(it, classes, key) for it in data]
     if isinstance(data, str):

@@ -189,6 +189,13 @@ def test_a_photo_of_another_size_is_squeezed_to_what_the_model_takes():
     assert sheet[30, 50].max() < 20 < 200 < sheet[70, 50].max()
 
 
+def test_of_as_many_photos_as_are_shown_no_filter_is_more_selective_than_another():
+    values = np.random.default_rng(0).random((5, 12)).astype("float32")
+    values[:, 3] = 0  # it never fires
+    peaks = study.Peaks(values, np.zeros((5, 12, 2), int))
+    assert study.most_selective(peaks) == [k for k in range(12) if k != 3]
+
+
 def test_a_filter_is_selective_where_five_photos_stand_out_not_where_one_does():
     values = np.ones((20, 3))
     values[7, 0] = 10  # of filter 0 one photo: the five best lie 0.7 deviations above the mean
