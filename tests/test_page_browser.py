@@ -331,6 +331,16 @@ def test_the_scale_is_that_of_the_block_on_show(visit):
     assert scales == [["0", "0.5"], ["0", "0.5"], ["−0.5", "0.5"]]
 
 
+def test_the_scale_is_one_for_all_classes_of_a_photo(visit):
+    def three(run):
+        entries = run["photos"][0]["heatmaps"]
+        entries.append(entries[0] | {"class": 2, "peaks": (1.0, 7.0)})
+
+    for compared in ("daisy", "tulip"):
+        scales = visit(f"photo=0&class={compared}", three).texts("#panels .scale")
+        assert [re.findall(r"−?\d+", text) for text in scales[:2]] == [["0", "7"]] * 2
+
+
 def test_the_heatmap_of_all_blocks_is_one_of_its_own_with_its_own_worth(visit):
     page = visit("photo=0")
     assert facts(page.text("#worth")) == ["rose", "0.12"]
