@@ -1484,6 +1484,15 @@ def test_a_dialog_that_a_link_opened_closes_in_place(visit):
     assert address(page)["photo"] == "5"
 
 
+def test_going_from_a_dialog_to_its_photo_takes_no_step_more(visit):
+    page = visit("photo=5")
+    start = page.eval("history.length")
+    page.click("document.querySelectorAll('#filter a')[5]")
+    page.click("document.querySelector('#parts a[href*=\"section=photos\"]')")
+    assert not page.eval("$('dialog').open") and address(page)["section"] == "photos"
+    assert page.eval("history.length") == start + 1
+
+
 def test_sections_are_gone_to_with_all_that_is_chosen(visit):
     page = visit("photo=5&true=tulip&after=yes")
     for name in ("filters", "channels", "evaluation", "the-run", "photos"):
