@@ -798,3 +798,15 @@ def test_a_grey_model_takes_no_pixels_of_three_colours():
     model = headed(layers.Dense(2, activation="softmax"), size=(16, 16, 1))
     with pytest.raises(Stop, match="caffe"):
         study.Network(model, pixels="caffe")
+
+
+@pytest.mark.parametrize(("more", "side"), [((), 299), (("--image-size", "85"), 85)])
+def test_a_model_that_takes_any_size_is_drawn_at_the_one_that_is_asked_for(tmp_path, more, side):
+    photo = keras.Input((None, None, 3))
+    means = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, activation="relu")(photo))
+    saved, own = tmp_path / "any.keras", tmp_path / "own.png"
+    keras.Model(photo, layers.Dense(3, activation="softmax")(means)).save(saved)
+    Image.new("RGB", (90, 90)).save(own)
+    words = ["--skip-training", "--model", saved, "--data", tmp_path, "--photos", own, *more]
+    network, *_ = study.open_saved(study.parse_options([str(word) for word in words]))
+    assert tuple(network.input_size) == (side, side)

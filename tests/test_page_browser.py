@@ -1484,6 +1484,15 @@ def test_a_dialog_that_a_link_opened_closes_in_place(visit):
     assert address(page)["photo"] == "5"
 
 
+def test_back_closes_a_dialog_that_was_opened_from_its_own_section(visit):
+    page = visit("photo=5&sort=class&section=filters")
+    start = page.eval("history.length")
+    page.click("document.querySelectorAll('#filter a')[5]")
+    assert page.eval("$('dialog').open") and page.eval("history.length") == start + 1
+    go(page, -1)
+    assert not page.eval("$('dialog').open") and address(page)["sort"] == "class"
+
+
 def test_going_from_a_dialog_to_its_photo_takes_no_step_more(visit):
     page = visit("photo=5")
     start = page.eval("history.length")

@@ -587,6 +587,9 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
     (source / "rose" / "p2").mkdir()
     shutil.copy(source / "daisy/photo_002.jpg", source / "rose/p2/in conflict.jpg")
     picture(77).save(source / "rose/p2/alone.jpg")
+    (source / "rose" / "p0").mkdir()  # of the same name as a folder of daisies
+    for number in (78, 79):
+        picture(number).save(source / f"rose/p0/{number}.jpg")
     rows = {row["source"]: row for row in split(source, tmp_path / "out")}
     reasons = {path: (row["group"], row["reason"]) for path, row in rows.items() if row["group"]}
     assert reasons == {
@@ -598,6 +601,8 @@ def test_split_csv_says_whether_a_folder_or_copies_made_a_group(tmp_path):
         "daisy/z.jpg": ("2", "copies"),
         "daisy/photo_002.jpg": ("3", "copies"),
         "rose/p2/in conflict.jpg": ("3", "copies"),
+        "rose/p0/78.jpg": ("4", "folder"),
+        "rose/p0/79.jpg": ("4", "folder"),
     }
     kept = tmp_path / "out" / rows["daisy/p0/a.jpg"]["split"] / "daisy/p0/a.jpg"
     assert kept.read_bytes() == (source / "daisy/p0/a.jpg").read_bytes()
