@@ -1453,13 +1453,15 @@ def top_fraction(heatmap, fraction=DELETED_FRACTION):
 
     Of equal values, such as the 0 where nothing is marked, those nearest to the highest come first.
     """
-    peak_row, peak_column = np.unravel_index(heatmap.argmax(), heatmap.shape)
-    rows, columns = np.indices(heatmap.shape)
-    distance = np.hypot(rows - peak_row, columns - peak_column)
-    order = np.lexsort((distance.ravel(), -heatmap.ravel()))
-    mask = np.zeros(heatmap.size, bool)
-    mask[order[: round(fraction * heatmap.size)]] = True
-    return mask.reshape(heatmap.shape)
+    count = round(fraction * heatmap.size)
+    lowest = np.partition(heatmap, -count, axis=None)[-count]
+    mask = heatmap > lowest
+    equal = np.argwhere(heatmap == lowest)
+    peak = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    nearest_first = np.argsort(np.linalg.norm(equal - peak, axis=1), kind="stable")
+    rows, columns = equal[nearest_first[: count - mask.sum()]].T
+    mask[rows, columns] = True
+    return mask
 
 
 def centred_blob(size):
@@ -2002,8 +2004,15 @@ class Step:
 
 
 def network_of(model, pixels=PIXELS[0]):
-    """The Network of a Keras model that was trained on these pixels; a Network stays as it is."""
-    return model if isinstance(model, Network) else Network(model, pixels=pixels)
+    """The Network, in float32, of a Keras model that was trained on these pixels.
+
+    A Network stays as it is.
+    """
+    if isinstance(model, Network):
+        return model
+    network = Network(model, pixels=pixels)
+    kinds = {getattr(step.operation, "compute_dtype", "float32") for step in network.steps}
+    return network if kinds == {"float32"} else Network(in_float32(model), pixels=pixels)
 
 
 class Network:
@@ -3364,7 +3373,8 @@ def concept_truth(found):
 # ---- The survey: what one pass over all photos finds ---------------------------------------------
 
 EXAMPLES = 4  # photos of known class that are explained
-PHOTOS_AT_ONCE = 32  # in the survey
+PHOTOS_AT_ONCE = 8  # through the model; more take more memory, and no less time on a CPU
+HEADS_AT_ONCE = 32  # feature maps through its head
 ALL_CLASSES = 10  # so many classes have all a heatmap of each photo; of more,
 PROBABLE_CLASSES = 4  # the most probable ones and the true one have
 
@@ -3509,29 +3519,37 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     extract = traced_extractor(network, layer_names)
 
     def features_and_peaks(numbers):
-        pixels = np.stack([read(paths[k]) for k in numbers]).astype("float32")
-        feature_maps, *activations = extract(pixels)
-        peaks = map(_peaks_of, activations)
-        return feature_maps.numpy(), dict(zip(layer_names, peaks, strict=True))
+        found = []
+        for some in batched(numbers, PHOTOS_AT_ONCE):
+            pixels = np.stack([read(paths[k]) for k in some]).astype("float32")
+            feature_maps, *activations = extract(pixels)
+            peaks = dict(zip(layer_names, map(_peaks_of, activations), strict=True))
+            found.append((feature_maps.numpy(), peaks))
+        return joined(found)
 
     # The sample comes first: concepts are found in the features of all its photos.
     sample = _concept_sample(network, labels, seed)
     others = np.setdiff1d(np.arange(len(paths)), sample)
-    first = batched(sample, PHOTOS_AT_ONCE)
+    first = batched(sample, HEADS_AT_ONCE)
     kept = [features_and_peaks(numbers) for numbers in first]
     sample_features = np.concatenate([feature_maps for feature_maps, _ in kept])
     require_finite(sample_features)
     found = factorize(network, sample_features)
     surveyed = []
-    for numbers in [*first, *batched(others, PHOTOS_AT_ONCE)]:
+    for numbers in [*first, *batched(others, HEADS_AT_ONCE)]:
         feature_maps, peaks = kept.pop(0) if kept else features_and_peaks(numbers)
         of_batch = _what_the_head_makes(network, feature_maps, labels[numbers], found)
         surveyed.append(of_batch | {"peaks": peaks})
     back = np.argsort(np.concatenate([sample, others]))
-    joined = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[back], *surveyed)
+    surveyed = keras.tree.map_structure(lambda array: array[back], joined(surveyed))
     given = (network, extract, list(map(printable, class_names)), paths, read, labels)
     of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
-    return Survey(*given, **of_sample, **joined)
+    return Survey(*given, **of_sample, **surveyed)
+
+
+def joined(parts):
+    """Structures of arrays, such as {name: array}, as one with the arrays end to end."""
+    return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def explain(survey, number, by_block=True):

@@ -435,7 +435,7 @@ def test_photos_of_no_known_class_are_drawn_without_what_needs_the_truth(drawn_n
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])
-def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
+def test_a_model_in_half_precision_is_drawn_in_float32(policy, tmp_path):
     keras.utils.set_random_seed(0)
     model = small_model()
     keras.config.set_dtype_policy(policy)
@@ -450,6 +450,10 @@ def test_a_model_saved_in_half_precision_is_drawn_in_float32(policy, tmp_path):
     assert all(weight.dtype == "float32" for weight in loaded.weights)
     ours = probabilities(loaded, photos(32, 32))
     np.testing.assert_allclose(ours, model(photos(32, 32)), atol=0.01)
+    # So is one that was never saved, and it stays as it is.
+    (activation,) = study.network_of(half).activations(photos(32, 32), [half.layers[-3].name])
+    assert activation.dtype == np.float32 and half.layers[-1].compute_dtype != "float32"
+    np.testing.assert_array_equal(study.network_of(half).probabilities(photos(32, 32)), ours)
 
 
 def built_by_fit():
