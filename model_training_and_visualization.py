@@ -1852,7 +1852,7 @@ def draw(model, photos, class_names, output, labels=None, *, seed=0, pixels=PIXE
     None for one whose class is not known, as it is for all without labels. Photos without a label
     are all explained; only where there are none, examples of the others take their place.
     pixels: what the model was trained on, one of PIXELS. settings: see draw_survey. Raises Stop,
-    naming what the model lacks, or where it has more or fewer classes than there are names.
+    naming what the model lacks, or where names, labels and classes do not match.
     """
     network = network_of(model, pixels)
     if network.class_count != len(class_names):
@@ -2092,7 +2092,14 @@ class Network:
         return tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(images))
 
     def as_batch(self, photo):
-        """A (height, width, 3) photo as a batch of one float32 photo of the network's size."""
+        """A (height, width, 3) photo as a batch of one float32 photo of the network's size.
+
+        Raises Stop for what has another shape, such as a path, or a batch.
+        """
+        shape = np.shape(photo)
+        if len(shape) != 3 or shape[2] != 3:
+            given = shape or f"a {type(photo).__name__}"
+            raise Stop(f"A photo must be (height, width, 3), see read_photo; this one is {given}.")
         photo = tf.convert_to_tensor(photo, tf.float32)[None]
         return tf.image.resize(photo, self.input_size, antialias=True)
 
@@ -3510,8 +3517,8 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     seed: chooses the photos in which concepts are looked for.
     """
     read = read or photo_reader(network.input_size, network.read_photo)
-    labels = [None] * len(photos) if labels is None else labels
-    labels = np.array([-1 if label is None else label for label in labels], int)
+    photos = list(photos)
+    labels = _label_indices(labels, len(photos), network.class_count)
     own_first = np.argsort(labels >= 0, kind="stable")
     labels, paths = labels[own_first], [Path(photos[k]) for k in own_first]
     chosen = network.nearest_convolutions(PATTERN_CONVOLUTIONS)
@@ -3519,13 +3526,13 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     extract = traced_extractor(network, layer_names)
 
     def features_and_peaks(numbers):
-        found = []
+        parts = []
         for some in batched(numbers, PHOTOS_AT_ONCE):
             pixels = np.stack([read(paths[k]) for k in some]).astype("float32")
             feature_maps, *activations = extract(pixels)
             peaks = dict(zip(layer_names, map(_peaks_of, activations), strict=True))
-            found.append((feature_maps.numpy(), peaks))
-        return joined(found)
+            parts.append((feature_maps.numpy(), peaks))
+        return joined(parts)
 
     # The sample comes first: concepts are found in the features of all its photos.
     sample = _concept_sample(network, labels, seed)
@@ -3545,6 +3552,23 @@ def survey_photos(network, photos, labels, class_names, read=None, seed=0):
     given = (network, extract, list(map(printable, class_names)), paths, read, labels)
     of_sample = {"concepts": found, "sample": sample, "sample_features": sample_features}
     return Survey(*given, **of_sample, **surveyed)
+
+
+def _label_indices(labels, photo_count, class_count):
+    """(n,) class indices of labels as draw takes them, -1 for None.
+
+    Raises Stop without photos, or where labels are too few, too many or no class.
+    """
+    labels = [None] * photo_count if labels is None else list(labels)
+    if not photo_count:
+        raise Stop("There are no photos. Name one or more.")
+    if len(labels) != photo_count:
+        raise Stop(f"{photo_count} photos, but {len(labels)} labels. Give each one, or None.")
+    for label in labels:
+        if np.ndim(label) or label not in (None, *range(class_count)):
+            needed = f"None, or the index of a class, 0 to {class_count - 1}"
+            raise Stop(f"A label must be {needed}; this one is {label}.")
+    return np.array([-1 if label is None else label for label in labels], int)
 
 
 def joined(parts):

@@ -308,6 +308,42 @@ def test_to_draw_needs_a_name_for_each_class(tmp_path):
             study.draw(small_model(), [], names, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("photo", "said"),
+    [
+        ("cat.jpg", "this one is a str"),
+        (np.zeros((8, 8)), r"\(8, 8\)"),
+        (np.zeros((1, 8, 8, 3)), r"\(1, 8, 8, 3\)"),
+        (np.zeros((8, 8, 4)), r"\(8, 8, 4\)"),
+    ],
+)
+def test_a_technique_alone_tells_what_is_no_photo(photo, said):
+    with pytest.raises(Stop, match=said):
+        study.grad_cam(small_model(), photo, "relu_1", 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0], "2 photos, but 1 labels"),
+        ([0, 1, 2], "2 photos, but 3 labels"),
+        ([0, 3], "0 to 2; this one is 3"),
+        ([None, -1], "0 to 2; this one is -1"),
+        (["rose", "tulip"], "this one is rose"),
+        (np.eye(3)[:2], r"this one is \[1"),
+    ],
+)
+def test_to_draw_needs_a_class_or_none_for_each_photo(labels, said, tmp_path):
+    for path in (paths := [tmp_path / "a.png", tmp_path / "b.png"]):
+        Image.fromarray(photos()[0].astype("uint8")).save(path)
+    names = ["daisy", "rose", "tulip"]
+    with pytest.raises(Stop, match=said):
+        study.draw(small_model(), paths, names, tmp_path / "out", labels)
+    with pytest.raises(Stop, match="no photos"):
+        study.draw(small_model(), [], names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_nested_models_are_unfolded_and_give_the_heatmaps_of_the_flat_one():
     flat = residual_model()
     base = keras.Model(flat.input, flat.get_layer("last").output)
