@@ -3563,7 +3563,7 @@ def _label_indices(labels, photo_count, class_count):
     if not photo_count:
         raise Stop("There are no photos. Name one or more.")
     if len(labels) != photo_count:
-        raise Stop(f"{photo_count} photos, but {len(labels)} labels. Give each one, or None.")
+        raise Stop(f"{len(labels)} labels for {photo_count} photos. Give each photo one, or None.")
     for label in labels:
         if np.ndim(label) or label not in (None, *range(class_count)):
             needed = f"None, or the index of a class, 0 to {class_count - 1}"

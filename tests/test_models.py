@@ -325,8 +325,8 @@ def test_a_technique_alone_tells_what_is_no_photo(photo, said):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        ([0], "2 photos, but 1 labels"),
-        ([0, 1, 2], "2 photos, but 3 labels"),
+        ([0], "1 labels for 2 photos"),
+        ([0, 1, 2], "3 labels for 2 photos"),
         ([0, 3], "0 to 2; this one is 3"),
         ([None, -1], "0 to 2; this one is -1"),
         (["rose", "tulip"], "this one is rose"),
